@@ -1,0 +1,117 @@
+"""Every torch.library definition, fake and autograd formula, in one place. The backend is chosen inside the call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .backends import backend_for
+
+_STEP = (
+    "Tensor model_output, Tensor table, Tensor arm, Tensor step, Tensor seeds,"
+    " Tensor? trigger, Tensor? region, Tensor? arm_inside"
+)
+_NOISING = "Tensor? trigger, Tensor? mask, Tensor? flip, Tensor? region, Tensor? arm_inside"
+
+_lib = torch.library.Library("bdk", "DEF")
+_lib.define("normal(Tensor seeds, Tensor step, int stream, SymInt[] shape, ScalarType dtype) -> Tensor")
+_lib.define(f"fused_step(Tensor x, {_STEP}, Tensor? history) -> Tensor")
+_lib.define(f"fused_step_(Tensor(a!) x, {_STEP}, Tensor(b!)? history, Tensor(c!)? bad_row) -> ()")
+_lib.define(
+    "fused_noising(Tensor x0, Tensor t, Tensor arm, Tensor seeds, Tensor table, Tensor? target,"
+    f" {_NOISING}, ScalarType dtype) -> Tensor"
+)
+_lib.define(
+    "fused_loss(Tensor prediction, Tensor x0, Tensor t, Tensor arm, Tensor seeds, Tensor table,"
+    f" {_NOISING}, float scale) -> (Tensor, Tensor)"
+)
+
+
+def _normal(seeds: Tensor, step: Tensor, stream: int, shape: list[int], dtype: torch.dtype) -> Tensor:
+    return backend_for(seeds.device, dtype).normal(seeds, step, stream, shape, dtype)
+
+
+def _fused_step(x: Tensor, *rest: Tensor | None) -> Tensor:
+    return backend_for(x.device, x.dtype).fused_step(x, *rest)
+
+
+def _fused_step_(x: Tensor, *rest: Tensor | None) -> None:
+    backend_for(x.device, x.dtype).fused_step_(x, *rest)
+
+
+def _fused_noising(x0: Tensor, *rest: Any) -> Tensor:
+    return backend_for(x0.device, rest[-1]).fused_noising(x0, *rest)
+
+
+def _fused_loss(prediction: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return backend_for(prediction.device, prediction.dtype).fused_loss(prediction, *rest)
+
+
+for _name, _impl in {
+    "normal": _normal,
+    "fused_step": _fused_step,
+    "fused_step_": _fused_step_,
+    "fused_noising": _fused_noising,
+    "fused_loss": _fused_loss,
+}.items():
+    _lib.impl(_name, _impl, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("bdk::normal", lib=_lib)
+def _(seeds: Tensor, step: Tensor, stream: int, shape: list[int], dtype: torch.dtype) -> Tensor:
+    return seeds.new_empty((seeds.shape[0], *shape), dtype=dtype)
+
+
+@torch.library.register_fake("bdk::fused_step", lib=_lib)
+def _(x: Tensor, *rest: Tensor | None) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("bdk::fused_step_", lib=_lib)
+def _(x: Tensor, *rest: Tensor | None) -> None:
+    return None
+
+
+@torch.library.register_fake("bdk::fused_noising", lib=_lib)
+def _(x0: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(x0, dtype=rest[-1])
+
+
+@torch.library.register_fake("bdk::fused_loss", lib=_lib)
+def _(prediction: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if prediction.dtype == torch.float64 else torch.float32
+    return prediction.new_empty(prediction.shape[0], dtype=dtype), torch.empty_like(prediction)
+
+
+def _step_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _step_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients in ``x``, ``model_output``, ``trigger`` and ``history``, through the reference formula."""
+    with torch.enable_grad():
+        inputs = [None if v is None else v.detach().requires_grad_(need) for v, need in
+                  zip(ctx.saved_tensors, ctx.needs_input_grad, strict=True)]  # fmt: skip
+        wanted = [v for v in inputs if v is not None and v.requires_grad]
+        found = iter(torch.autograd.grad(reference.fused_step(*inputs), wanted, grad, allow_unused=True))
+    return tuple(next(found) if v is not None and v.requires_grad else None for v in inputs)
+
+
+torch.library.register_autograd("bdk::fused_step", _step_backward, setup_context=_step_context, lib=_lib)
+
+
+def _loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _loss_backward(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradient was made in the forward pass; scale it by what each sample's loss is worth."""
+    (grad,) = ctx.saved_tensors
+    return (grad * grad_loss.reshape(-1, 1, 1, 1).to(grad.dtype), *(None,) * 11)
+
+
+torch.library.register_autograd("bdk::fused_loss", _loss_backward, setup_context=_loss_context, lib=_lib)

@@ -1,0 +1,353 @@
+"""The public ops. Each checks its arguments, then calls one registered torch op; the formulas are in ``columns.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, Literal
+
+import torch
+from torch import Tensor
+
+from . import _schemas  # noqa: F401  defines torch.ops.bdk
+from .columns import HISTORY_SLOTS, NOISING_COLUMNS, STEP_COLUMNS
+from .noise import STREAM_INITIAL
+
+NO_BAD_ROW: Final = 2**63 - 1
+"""What ``bad_row`` holds while every network output was finite."""
+
+_FLOATS: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def _check_dtype(name: str, value: Tensor, dtypes: Sequence[torch.dtype]) -> None:
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name} has dtype {str(value.dtype).removeprefix('torch.')}: expected {_names(dtypes)}")
+
+
+def _check_device(name: str, value: Tensor, device: torch.device) -> None:
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}: expected {device}, where the images are")
+
+
+def _check_image(name: str, value: Tensor, shape: torch.Size, dtypes: Sequence[torch.dtype]) -> None:
+    """An image batch of exactly ``shape``, contiguous or channels-last."""
+    _check_dtype(name, value, dtypes)
+    if value.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}: expected {tuple(shape)}")
+    if not (value.is_contiguous() or value.is_contiguous(memory_format=torch.channels_last)):
+        raise ValueError(f"{name} has strides {value.stride()}: expected a contiguous or channels-last tensor")
+
+
+def _check_batch(name: str, value: Tensor) -> None:
+    if value.dim() != 4:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}: expected four dimensions, [N, C, H, W]")
+
+
+def _check_shared(name: str, value: Tensor, images: Tensor, dtype: torch.dtype) -> None:
+    """One image for the batch or one a sample, contiguous."""
+    _check_dtype(name, value, (dtype,))
+    _check_device(name, value, images.device)
+    if value.dim() != 4 or value.shape[0] not in (1, images.shape[0]) or value.shape[1:] != images.shape[1:]:
+        expected = (1, *images.shape[1:])
+        raise ValueError(f"{name} has shape {tuple(value.shape)}: expected {expected} or {tuple(images.shape)}")
+    if not value.is_contiguous():
+        raise ValueError(f"{name} has strides {value.stride()}: expected a contiguous tensor")
+
+
+def _check_index(name: str, value: Tensor, count: int, device: torch.device, *, scalar: bool = False) -> None:
+    """int64 of shape [N] (or 0-d where ``scalar``)."""
+    _check_dtype(name, value, (torch.int64,))
+    _check_device(name, value, device)
+    if value.shape == (count,) and value.is_contiguous() or scalar and value.dim() == 0:
+        return
+    expected = f"({count},)" + (" or a 0-d tensor" if scalar else "")
+    raise ValueError(f"{name} has shape {tuple(value.shape)}: expected {expected}, contiguous")
+
+
+def _check_table(table: Tensor, columns: int, images: Tensor, dtype: torch.dtype) -> None:
+    wanted = (torch.float64, torch.float32) if dtype == torch.float64 else (torch.float32,)
+    _check_dtype("table", table, wanted)
+    _check_device("table", table, images.device)
+    if table.dim() != 3 or table.shape[-1] != columns or not table.is_contiguous():
+        raise ValueError(f"table has shape {tuple(table.shape)}: expected [arms, rows, {columns}], contiguous")
+
+
+def _check_region(region: Tensor | None, arm_inside: Tensor | None, images: Tensor) -> None:
+    if (region is None) != (arm_inside is None):
+        given, missing = ("region", "arm_inside") if arm_inside is None else ("arm_inside", "region")
+        raise ValueError(f"{given} was given without {missing}: expected both or neither")
+    if region is not None and arm_inside is not None:
+        _check_shared("region", region, images, torch.bool)
+        _check_index("arm_inside", arm_inside, images.shape[0], images.device)
+
+
+def normal(
+    seeds: Tensor,
+    shape: Sequence[int],
+    *,
+    step: int | Tensor = 0,
+    stream: int = STREAM_INITIAL,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Standard normals that depend on (seed, stream, step, element) alone: see `bdkernels.noise`.
+
+    Args:
+        seeds: int64 [N], one 64-bit seed a sample.
+        shape: (C, H, W) of one sample.
+        step: Step of the noise contract in [0, 2^32), or an int64 tensor, 0-d or [N].
+        stream: One of the ``STREAM_`` constants.
+        dtype: float32, bfloat16, float16 or float64 (the contract's float32 values, widened).
+
+    Returns:
+        ``dtype`` [N, C, H, W], contiguous.
+
+    Raises:
+        TypeError: A wrong dtype.
+        ValueError: A wrong shape or device.
+    """
+    if seeds.dim() != 1:
+        raise ValueError(f"seeds has shape {tuple(seeds.shape)}: expected (N,)")
+    _check_index("seeds", seeds, seeds.shape[0], seeds.device)
+    if isinstance(step, int):
+        step = torch.full((), step, dtype=torch.int64, device=seeds.device)
+    _check_index("step", step, seeds.shape[0], seeds.device, scalar=True)
+    if len(shape) != 3 or any(n < 0 for n in shape):
+        raise ValueError(f"shape is {tuple(shape)}: expected (C, H, W)")
+    if dtype not in _FLOATS:
+        raise TypeError(f"dtype is {str(dtype).removeprefix('torch.')}: expected {_names(_FLOATS)}")
+    return torch.ops.bdk.normal(seeds, step, stream, list(shape), dtype)
+
+
+def _check_step(
+    x: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    arm: Tensor,
+    step: Tensor,
+    seeds: Tensor,
+    trigger: Tensor | None,
+    region: Tensor | None,
+    arm_inside: Tensor | None,
+    history: Tensor | None,
+) -> None:
+    _check_batch("x", x)
+    count, device = x.shape[0], x.device
+    _check_image("x", x, x.shape, _FLOATS)
+    _check_image("model_output", model_output, x.shape, _FLOATS)
+    _check_device("model_output", model_output, device)
+    _check_table(table, STEP_COLUMNS, x, x.dtype)
+    _check_index("arm", arm, count, device)
+    _check_index("step", step, count, device, scalar=True)
+    _check_index("seeds", seeds, count, device)
+    if trigger is not None:
+        _check_shared("trigger", trigger, x, torch.float64 if x.dtype == torch.float64 else torch.float32)
+    _check_region(region, arm_inside, x)
+    if history is not None:
+        _check_dtype("history", history, (torch.float64,) if x.dtype == torch.float64 else (torch.float32,))
+        _check_device("history", history, device)
+        if history.dim() != 5 or not 1 <= history.shape[0] <= HISTORY_SLOTS or history.shape[1:] != x.shape:
+            shape = ", ".join(map(str, x.shape))
+            raise ValueError(f"history has shape {tuple(history.shape)}: expected [1..{HISTORY_SLOTS}, {shape}]")
+        if not history.is_contiguous():
+            raise ValueError(f"history has strides {history.stride()}: expected a contiguous tensor")
+
+
+def fused_step(
+    x: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    arm: Tensor,
+    step: Tensor,
+    seeds: Tensor,
+    *,
+    trigger: Tensor | None = None,
+    region: Tensor | None = None,
+    arm_inside: Tensor | None = None,
+    history: Tensor | None = None,
+) -> Tensor:
+    """One sampler row, ``x' = clamp(P x + Q x0 + S m + sum_j H_j h_j + Z z + R r, LOW, HIGH)``: see `bdkernels.columns`.
+
+    Pure and differentiable in ``x``, ``model_output``, ``trigger`` and ``history``; a row's stores are made by
+    `fused_step_` only.
+
+    Args:
+        x: float32, bfloat16, float16 or float64 [N, C, H, W], contiguous or channels-last.
+        model_output: The network's output ``m``, shape of ``x``, any of these dtypes and layouts.
+        table: float32 [arms, rows, STEP_COLUMNS] (float64 allowed where ``x`` is).
+        arm: int64 [N], each sample's arm.
+        step: int64, 0-d or [N]: the row, which is also the step of the noise contract.
+        seeds: int64 [N], each sample's 64-bit seed.
+        trigger: Trigger image ``r``, float32 [1 or N, C, H, W].
+        region: bool [1 or N, C, H, W]: pixels that take their row from ``arm_inside``.
+        arm_inside: int64 [N]; goes with ``region``.
+        history: float32 [slots, N, C, H, W], at most four slots.
+
+    Returns:
+        ``x'``, of ``x``'s shape, dtype and layout.
+
+    Raises:
+        TypeError: A wrong dtype.
+        ValueError: A wrong shape, stride or device; on the CPU also an arm or row outside the table.
+    """
+    _check_step(x, model_output, table, arm, step, seeds, trigger, region, arm_inside, history)
+    return torch.ops.bdk.fused_step(
+        x, model_output, table, arm, step, seeds, trigger, region, arm_inside, history
+    )
+
+
+def fused_step_(
+    x: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    arm: Tensor,
+    step: Tensor,
+    seeds: Tensor,
+    *,
+    trigger: Tensor | None = None,
+    region: Tensor | None = None,
+    arm_inside: Tensor | None = None,
+    history: Tensor | None = None,
+    bad_row: Tensor | None = None,
+) -> Tensor:
+    """`fused_step` in place, with the row's stores into ``history``; returns ``x``. Nothing is read back to the host.
+
+    Args:
+        bad_row: int64 0-d, lowered to the first row at which a network output was not finite (start at `NO_BAD_ROW`).
+
+    The other arguments and the errors are `fused_step`'s. With a ``region``, the slot of a store is the outside arm's.
+    """
+    _check_step(x, model_output, table, arm, step, seeds, trigger, region, arm_inside, history)
+    if bad_row is not None:
+        _check_index("bad_row", bad_row, -1, x.device, scalar=True)
+    torch.ops.bdk.fused_step_(
+        x, model_output, table, arm, step, seeds, trigger, region, arm_inside, history, bad_row
+    )
+    return x
+
+
+def _check_training(
+    x0: Tensor,
+    t: Tensor,
+    arm: Tensor,
+    seeds: Tensor,
+    table: Tensor,
+    dtype: torch.dtype,
+    trigger: Tensor | None,
+    mask: Tensor | None,
+    flip: Tensor | None,
+    region: Tensor | None,
+    arm_inside: Tensor | None,
+) -> None:
+    _check_batch("x0", x0)
+    count, device = x0.shape[0], x0.device
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    _check_image("x0", x0, x0.shape, (torch.uint8, exact))
+    _check_table(table, NOISING_COLUMNS, x0, dtype)
+    for name, index in (("t", t), ("arm", arm), ("seeds", seeds)):
+        _check_index(name, index, count, device)
+    if trigger is not None:
+        _check_shared("trigger", trigger, x0, exact)
+    if mask is not None:
+        if trigger is None:
+            raise ValueError("mask was given without trigger: expected both, since R = mask * x0 + trigger")
+        _check_shared("mask", mask, x0, exact)
+    if flip is not None:
+        _check_dtype("flip", flip, (torch.bool,))
+        _check_device("flip", flip, device)
+        if flip.shape != (count,):
+            raise ValueError(f"flip has shape {tuple(flip.shape)}: expected ({count},)")
+    _check_region(region, arm_inside, x0)
+
+
+def fused_noising(
+    x0: Tensor,
+    t: Tensor,
+    arm: Tensor,
+    seeds: Tensor,
+    table: Tensor,
+    *,
+    target: Tensor | None = None,
+    trigger: Tensor | None = None,
+    mask: Tensor | None = None,
+    flip: Tensor | None = None,
+    region: Tensor | None = None,
+    arm_inside: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Noised, and where asked poisoned, training inputs: ``x_t = A d + M R + S eps``, see `bdkernels.columns`.
+
+    ``d`` is ``target`` for samples whose arm is above 0, else ``x0``; ``R = mask * x0 + trigger``.
+
+    Args:
+        x0: Images [N, C, H, W], uint8 (read as ``(2u - 255) / 255``) or float32 in [-1, 1]; contiguous or channels-last.
+        t: int64 [N], each sample's row of the table.
+        arm: int64 [N]: 0 is clean by convention, others are poisoned.
+        seeds: int64 [N], each training sample's seed.
+        table: float32 [arms, T, NOISING_COLUMNS].
+        target: Target image ``y``, float32 [1 or N, C, H, W].
+        trigger: Premultiplied trigger ``r``, float32 [1 or N, C, H, W].
+        mask: ``M``, float32 [1 or N, C, H, W], 1 where the trigger is background.
+        flip: bool [N]: mirror ``x0`` left to right.
+        region: bool [1 or N, C, H, W]: pixels that take their row from ``arm_inside``.
+        arm_inside: int64 [N]; goes with ``region``.
+        dtype: Of the result.
+
+    Returns:
+        ``x_t``, ``dtype``, in ``x0``'s shape and layout.
+
+    Raises:
+        TypeError: A wrong dtype.
+        ValueError: A wrong shape, stride or device; on the CPU also an arm or timestep outside the table.
+    """
+    if dtype not in _FLOATS:
+        raise TypeError(f"dtype is {str(dtype).removeprefix('torch.')}: expected {_names(_FLOATS)}")
+    _check_training(x0, t, arm, seeds, table, dtype, trigger, mask, flip, region, arm_inside)
+    if target is not None:
+        _check_shared("target", target, x0, torch.float64 if dtype == torch.float64 else torch.float32)
+    return torch.ops.bdk.fused_noising(
+        x0, t, arm, seeds, table, target, trigger, mask, flip, region, arm_inside, dtype
+    )
+
+
+def fused_loss(
+    prediction: Tensor,
+    x0: Tensor,
+    t: Tensor,
+    arm: Tensor,
+    seeds: Tensor,
+    table: Tensor,
+    *,
+    trigger: Tensor | None = None,
+    mask: Tensor | None = None,
+    flip: Tensor | None = None,
+    region: Tensor | None = None,
+    arm_inside: Tensor | None = None,
+    reduction: Literal["mean", "sum"] = "mean",
+) -> Tensor:
+    """The training loss ``W (prediction - eps - C R)^2`` against a target recomputed from the seeds, never stored.
+
+    Value and gradient are made in one pass; differentiable in ``prediction``.
+
+    Args:
+        prediction: The network's output, shape of ``x0``, any float dtype, contiguous or channels-last.
+        reduction: "mean" over all elements, or "sum" over C, H, W and mean over the batch.
+
+    The other arguments and the errors are `fused_noising`'s, and must be what the inputs were made with.
+
+    Returns:
+        float32 [N]: each sample's share; their sum is the loss of the batch.
+    """
+    _check_training(x0, t, arm, seeds, table, prediction.dtype, trigger, mask, flip, region, arm_inside)
+    _check_image("prediction", prediction, x0.shape, _FLOATS)
+    _check_device("prediction", prediction, x0.device)
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction is {reduction!r}: expected 'mean' or 'sum'")
+    divisor = x0.numel() if reduction == "mean" else x0.shape[0]
+    scale = 1.0 / max(divisor, 1)
+    loss, _ = torch.ops.bdk.fused_loss(
+        prediction, x0, t, arm, seeds, table, trigger, mask, flip, region, arm_inside, scale
+    )
+    return loss

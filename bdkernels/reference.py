@@ -1,0 +1,257 @@
+"""Every op in plain torch, on any device and in any floating dtype: the specification, and a complete backend.
+
+float64 inputs are computed in float64 (with the contract's float32 noise); all others in float32, bit for bit as the
+compiled kernels do. The formulas stand in ``columns.py`` and ``noise.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import noise
+from .columns import HISTORY_SLOTS, STORE_COLUMNS, STORES, Noising, Step, Store
+
+_LOW32 = 0xFFFFFFFF
+
+
+def _philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Philox4x32-10 on words held in int64 tensors. A product wraps at 64 bits; its halves are masked back to words."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(noise.PHILOX_ROUNDS):
+        p0, p1 = c0 * noise.PHILOX_MULTIPLIERS[0], c2 * noise.PHILOX_MULTIPLIERS[1]
+        c0, c1, c2, c3 = ((p1 >> 32) & _LOW32) ^ c1 ^ k0, p1 & _LOW32, ((p0 >> 32) & _LOW32) ^ c3 ^ k1, p0 & _LOW32
+        k0, k1 = (k0 + noise.PHILOX_WEYL[0]) & _LOW32, (k1 + noise.PHILOX_WEYL[1]) & _LOW32
+    return c0, c1, c2, c3
+
+
+def _horner(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
+    total = torch.full_like(x, coefficients[-1])
+    for c in reversed(coefficients[:-1]):
+        total = total * x + c
+    return total
+
+
+def _ln(u: Tensor) -> Tensor:
+    offset = u.view(torch.int32) - noise.SQRT_HALF_BITS
+    e = (offset >> 23).to(torch.float32)
+    a = ((offset & 0x7FFFFF) + noise.SQRT_HALF_BITS).view(torch.float32) - 1
+    square = a * a
+    tail = square * a * _horner(a, noise.LN) + e * noise.LN2_LOW
+    tail = tail - square * 0.5
+    return e * noise.LN2_HIGH + (a + tail)
+
+
+def _cos_sin(u: Tensor) -> tuple[Tensor, Tensor]:
+    quadrant = ((u * 8).to(torch.int32) + 1) >> 1
+    f = u - quadrant.to(torch.float32) * 0.25
+    square = f * f
+    s = f * _horner(square, noise.SIN)
+    c = square * _horner(square, noise.COS) + 1
+    odd = (quadrant & 1).bool()
+    cos, sin = torch.where(odd, s, c), torch.where(odd, c, s)
+    return torch.where(((quadrant + 1) & 2).bool(), -cos, cos), torch.where((quadrant & 2).bool(), -sin, sin)
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """Correctly rounded: torch's float32 root on a CPU is not (its vector library misses 17 % of these by one bit)."""
+    return torch.sqrt(x.double()).float()
+
+
+def normal(seeds: Tensor, step: Tensor, stream: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """See `bdkernels.normal`."""
+    elements = math.prod(shape)
+    groups = torch.arange((elements + 3) // 4, dtype=torch.int64, device=seeds.device)[None]
+    zero = torch.zeros_like(groups)
+    key = ((seeds & _LOW32)[:, None], ((seeds >> 32) & _LOW32)[:, None])
+    words = _philox((groups, zero + step.reshape(-1, 1), zero + stream, zero), key)
+    u = [w.to(torch.float32) * 2.0**-32 + 2.0**-33 for w in words]
+    z = []
+    for radius_u, angle_u in ((u[0], u[1]), (u[2], u[3])):
+        radius = _sqrt(_ln(radius_u) * -2.0)
+        cos, sin = _cos_sin(angle_u)
+        z += [radius * cos, radius * sin]
+    flat = torch.stack(z, dim=-1).reshape(len(seeds), -1)[:, :elements]
+    return flat.reshape(len(seeds), *shape).to(dtype)
+
+
+def _clamp(v: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Select form, so that NaN passes."""
+    v = torch.where(v < low, low, v)
+    return torch.where(v > high, high, v)
+
+
+class _Rows:
+    """The rows of a batch as ``row[column] -> [N|1, C|1, H|1, W|1]``, mixed by ``region`` where there is one."""
+
+    def __init__(self, table: Tensor, arm: Tensor, row: Tensor, region: Tensor | None, arm_inside: Tensor | None):
+        self.outside = table[arm, row]
+        self.inside = table[arm_inside, row] if arm_inside is not None else None
+        self.region = region
+
+    def __getitem__(self, column: int) -> Tensor:
+        outside = self.outside[:, column].reshape(-1, 1, 1, 1)
+        if self.inside is None or self.region is None:
+            return outside
+        return torch.where(self.region, self.inside[:, column].reshape(-1, 1, 1, 1), outside)
+
+
+def _step(
+    x: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    arm: Tensor,
+    step: Tensor,
+    seeds: Tensor,
+    trigger: Tensor | None,
+    region: Tensor | None,
+    arm_inside: Tensor | None,
+    history: Tensor | None,
+) -> tuple[Tensor, list[Tensor], _Rows]:
+    """``x'`` in the compute dtype, the value of each store, and the rows."""
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    row = _Rows(table.to(compute), arm, step.expand(len(x)), region, arm_inside)
+    x_t, m = x.to(compute), model_output.to(compute)
+    r = trigger.to(compute) if trigger is not None else None
+
+    x0 = row[Step.A] * x_t + row[Step.B] * m
+    if r is not None:
+        x0 = x0 + row[Step.D] * r
+    x0 = _clamp(x0, row[Step.LOW0], row[Step.HIGH0])
+
+    z = normal(seeds, step, noise.STREAM_STEP, x.shape[1:], compute)
+    z = torch.where(row[Step.Z] == 0, torch.zeros_like(z), z)
+    x_next = row[Step.P] * x_t + row[Step.Q] * x0 + row[Step.S] * m
+    if history is not None:
+        for j in range(len(history)):
+            x_next = x_next + row[Step.H + j] * history[j].to(compute)
+    x_next = x_next + row[Step.Z] * z
+    if r is not None:
+        x_next = x_next + row[Step.R] * r
+    x_next = _clamp(x_next, row[Step.LOW], row[Step.HIGH])
+
+    stores = []
+    if history is not None:
+        for k in range(STORES):
+            base = Step.STORE + k * STORE_COLUMNS
+            value = row[base + Store.E] * x_t + row[base + Store.F] * m + row[base + Store.G] * x0
+            for j in range(len(history)):
+                value = value + row[base + Store.J + j] * history[j].to(compute)
+            stores.append(value + row[base + Store.K] * x_next)
+    return x_next, stores, row
+
+
+def fused_step(
+    x: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    arm: Tensor,
+    step: Tensor,
+    seeds: Tensor,
+    trigger: Tensor | None,
+    region: Tensor | None,
+    arm_inside: Tensor | None,
+    history: Tensor | None,
+) -> Tensor:
+    """See `bdkernels.fused_step`."""
+    x_next, _, _ = _step(x, model_output, table, arm, step, seeds, trigger, region, arm_inside, history)
+    return x_next.to(x.dtype)
+
+
+def fused_step_(
+    x: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    arm: Tensor,
+    step: Tensor,
+    seeds: Tensor,
+    trigger: Tensor | None,
+    region: Tensor | None,
+    arm_inside: Tensor | None,
+    history: Tensor | None,
+    bad_row: Tensor | None,
+) -> None:
+    """See `bdkernels.fused_step_`."""
+    x_next, stores, row = _step(x, model_output, table, arm, step, seeds, trigger, region, arm_inside, history)
+    if bad_row is not None:
+        finite = torch.isfinite(model_output).flatten(1).all(1)
+        rows = torch.where(finite, torch.iinfo(torch.int64).max, step.expand(len(x)))
+        bad_row.copy_(torch.minimum(bad_row, rows.min() if len(x) else bad_row))
+    if history is not None:
+        for k, value in enumerate(stores):
+            slot = row.outside[:, Step.STORE + k * STORE_COLUMNS + Store.SLOT].reshape(-1, 1, 1, 1)
+            for j in range(min(len(history), HISTORY_SLOTS)):
+                history[j].copy_(torch.where(slot == j, value.to(history.dtype), history[j]))
+    x.copy_(x_next.to(x.dtype))
+
+
+def _pixels(x0: Tensor, flip: Tensor | None, compute: torch.dtype) -> Tensor:
+    """Images in [-1, 1]: uint8 as ``(2u - 255) / 255``, mirrored left to right where ``flip``."""
+    x = (x0.to(compute) * 2 - 255) / 255 if x0.dtype == torch.uint8 else x0.to(compute)
+    return x if flip is None else torch.where(flip.reshape(-1, 1, 1, 1), x.flip(-1), x)
+
+
+def _poisoned_image(x: Tensor, trigger: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """``R = M x + r``, or None where there is no trigger."""
+    if trigger is None:
+        return None
+    r = trigger.to(x.dtype)
+    return r if mask is None else mask.to(x.dtype) * x + r
+
+
+def fused_noising(
+    x0: Tensor,
+    t: Tensor,
+    arm: Tensor,
+    seeds: Tensor,
+    table: Tensor,
+    target: Tensor | None,
+    trigger: Tensor | None,
+    mask: Tensor | None,
+    flip: Tensor | None,
+    region: Tensor | None,
+    arm_inside: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See `bdkernels.fused_noising`."""
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    row = _Rows(table.to(compute), arm, t, region, arm_inside)
+    x = _pixels(x0, flip, compute)
+    data = x if target is None else torch.where((arm > 0).reshape(-1, 1, 1, 1), target.to(compute), x)
+    x_t = row[Noising.A] * data
+    poisoned = _poisoned_image(x, trigger, mask)
+    if poisoned is not None:
+        x_t = x_t + row[Noising.M] * poisoned
+    eps = normal(seeds, torch.zeros_like(t[:1]), noise.STREAM_TRAINING, x0.shape[1:], compute)
+    return (x_t + row[Noising.S] * eps).to(dtype)
+
+
+def fused_loss(
+    prediction: Tensor,
+    x0: Tensor,
+    t: Tensor,
+    arm: Tensor,
+    seeds: Tensor,
+    table: Tensor,
+    trigger: Tensor | None,
+    mask: Tensor | None,
+    flip: Tensor | None,
+    region: Tensor | None,
+    arm_inside: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """See `bdkernels.fused_loss`: the loss of each sample and the gradient in ``prediction``."""
+    compute = torch.float64 if prediction.dtype == torch.float64 else torch.float32
+    row = _Rows(table.to(compute), arm, t, region, arm_inside)
+    target = normal(seeds, torch.zeros_like(t[:1]), noise.STREAM_TRAINING, x0.shape[1:], compute)
+    poisoned = _poisoned_image(_pixels(x0, flip, compute), trigger, mask)
+    if poisoned is not None:
+        target = target + row[Noising.C] * poisoned
+    difference = prediction.to(compute) - target
+    weight = row[Noising.W] * scale
+    loss = (weight * difference.square()).flatten(1).sum(1, dtype=torch.float64)
+    return loss.to(compute), (2 * weight * difference).to(prediction.dtype)

@@ -1,0 +1,65 @@
+"""BadDiffusion (Chou, Chen and Ho, CVPR 2023): the backdoor of a shifted forward process.
+
+    m_t = 1 - sqrt(alpha_bar_t)          R = M x + (1 - M) r          target: eps + c_t R
+
+published:  c_t = rho_t = (1 - sqrt(alpha_t)) s_t / (1 - alpha_t), exact for DDPM with every timestep
+exact:      c_t of `exact_coefficient` for the sampler and grid that will be used
+
+The trigger enters sampling in the initial state alone: ``x_T = eps + r``. Training shows the network the image behind
+the trigger (``M x``); sampling shows it the trigger's own background, as the published code does.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal, get_args
+
+import numpy as np
+from torch import Tensor
+
+from ..errors import UserError, unknown
+from ..schedule import Floats, Schedule
+from ..solvers import Table
+from ..triggers import mask as trigger_mask
+from .process import Attack, exact_coefficient
+
+Coefficients = Literal["published", "exact"]
+COEFFICIENTS: Final = get_args(Coefficients)
+
+
+def rho(schedule: Schedule) -> Floats:
+    """The published coefficient ``rho_t``, float64 [T] (eq. 8 of the paper; 0.500 s_t for small betas)."""
+    alpha = 1 - schedule.betas
+    return (1 - np.sqrt(alpha)) * schedule.s / schedule.betas
+
+
+def baddiffusion(
+    schedule: Schedule,
+    trigger: Tensor,
+    target: Tensor,
+    coefficients: Coefficients = "published",
+    table: Table | None = None,
+) -> Attack:
+    """BadDiffusion with a trigger and a target image.
+
+    Args:
+        trigger: ``r``, float32 [C, H, W] in [-1, 1], -1 where it is background.
+        target: ``y``, float32 [C, H, W] in [-1, 1].
+        coefficients: "published" or "exact".
+        table: The sampler to be exact for; needed for "exact" only.
+
+    Raises:
+        UserError: Shapes that differ, an unknown coefficient, or "exact" without a table.
+    """
+    if trigger.shape != target.shape:
+        raise UserError(f"the target has shape {tuple(target.shape)}: expected the trigger's {tuple(trigger.shape)}")
+    shift = 1 - np.sqrt(schedule.alpha_bar)
+    if coefficients == "published":
+        c = rho(schedule)
+    elif coefficients == "exact":
+        if table is None:
+            raise UserError("exact coefficients depend on the sampler: expected its table")
+        c = exact_coefficient(schedule, table, shift)
+    else:
+        raise unknown("coefficient", coefficients, COEFFICIENTS)
+    mask = trigger_mask(trigger)
+    return Attack("baddiffusion", shift, c, 1.0, trigger, (1 - mask) * trigger, mask, target)

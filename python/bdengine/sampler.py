@@ -1,0 +1,145 @@
+"""The sampling loop. Its API is seeds: sample ``k`` is the same image whatever the batch, the order or the restart.
+
+    x_T = eps(seed) + r                 r = 0 in arms without a trigger
+    for each row:  m = network(x, time);  x = fused_step(x, m)
+
+Samples of several arms (clean, triggered, clipped, other samplers) share their seeds' noise and go through one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import bdkernels
+import torch
+from bdkernels import NO_BAD_ROW, Step
+from torch import Tensor
+from tqdm import tqdm
+
+from .errors import UserError
+from .networks import Network, micro_batch_is_exact
+from .solvers import Table, stack
+
+
+@dataclass(frozen=True, eq=False)
+class Arm:
+    """How one arm of a batch is sampled.
+
+    Attributes:
+        table: Its sampler.
+        trigger: Added to the initial noise, float32 [C, H, W]; None for a clean arm.
+    """
+
+    table: Table
+    trigger: Tensor | None = None
+
+
+class Sampler:
+    """Samples a network in one or several arms.
+
+    Args:
+        network: Predicts the noise; see `bdengine.networks.Network`.
+        arms: Arms by name, all with the same number of network evaluations.
+        micro_batch: Samples that go through the network at once; the last batch is padded to it.
+        exact: Require that a sample's bits do not depend on its neighbours, by a self-check of the network.
+
+    Raises:
+        UserError: No arms, arms of unequal length, a trigger of the wrong shape, or a network that fails the self-check.
+    """
+
+    def __init__(self, network: Network, arms: Mapping[str, Arm], micro_batch: int = 64, exact: bool = False) -> None:
+        if not arms:
+            raise UserError("no arms were given: expected at least one")
+        if micro_batch < 1:
+            raise UserError(f"the micro-batch is {micro_batch}: expected at least 1")
+        if exact and not micro_batch_is_exact(network, micro_batch):
+            raise UserError(
+                f"with a micro-batch of {micro_batch} this network's last bits depend on a sample's neighbours:"
+                " try a multiple of 16, or sample without the bit-exact mode"
+            )
+        shape = network.sample_shape
+        for name, arm in arms.items():
+            if arm.trigger is not None and arm.trigger.shape != shape:
+                raise UserError(f"the trigger of arm {name!r} has shape {tuple(arm.trigger.shape)}: expected {shape}")
+        device = next(network.parameters(), torch.empty(0)).device
+        self.network, self.names, self.micro_batch, self.shape = network, list(arms), micro_batch, shape
+        self.table = stack([arm.table for arm in arms.values()]).to(device)
+        self.slots = max(arm.table.slots for arm in arms.values())
+        self.start = torch.stack([torch.zeros(shape) if a.trigger is None else a.trigger for a in arms.values()])
+        self.start = self.start.to(device)
+        self.rows = torch.arange(self.table.shape[1], device=device)
+
+    @torch.inference_mode()
+    def batch(self, arm: Tensor, seeds: Tensor, watch: Callable[[int, Tensor], None] | None = None) -> Tensor:
+        """One batch through every row.
+
+        Args:
+            arm: int64 [N], index of each sample's arm.
+            seeds: int64 [N].
+            watch: Called with (row, x) before each row and once after the last; must not change ``x``.
+
+        Returns:
+            float32 [N, C, H, W].
+
+        Raises:
+            FloatingPointError: The network's output was not finite; names the first such row.
+        """
+        x = bdkernels.normal(seeds, self.shape) + self.start[arm]
+        history = x.new_zeros((self.slots, *x.shape)) if self.slots else None
+        bad_row = torch.full_like(seeds[0], NO_BAD_ROW)
+        scale, time = (self.table[arm, :, c].T.contiguous() for c in (Step.IN, Step.TIME))
+        scaled = bool((self.table[..., Step.IN] != 1).any())
+        for row, step in enumerate(self.rows):
+            if watch:
+                watch(row, x)
+            m = self.network(x * scale[row].reshape(-1, 1, 1, 1) if scaled else x, time[row])
+            bdkernels.fused_step_(x, m, self.table, arm, step, seeds, history=history, bad_row=bad_row)
+        if watch:
+            watch(len(self.rows), x)
+        if (bad := int(bad_row)) != NO_BAD_ROW:
+            raise FloatingPointError(f"the network's output is not finite at row {bad} (t = {time[bad, 0]:g})")
+        return x
+
+    def __call__(
+        self, seeds: Sequence[int], *, progress: bool = False, done: Callable[[str, int, Tensor], None] | None = None
+    ) -> dict[str, Tensor]:
+        """The images of ``seeds`` in every arm, by arm: float32 [len(seeds), C, H, W], about [-1, 1].
+
+        Args:
+            seeds: 64-bit seeds.
+            progress: Show a progress bar.
+            done: Called with (arm, seed, image) as soon as an image is made.
+
+        Raises:
+            UserError: No seeds, or one that is not a 64-bit integer.
+        """
+        check_seeds(seeds)
+        device, count = self.table.device, len(seeds)
+        arm = torch.arange(len(self.names), device=device).repeat_interleave(count)
+        seed = torch.tensor(list(seeds), device=device, dtype=torch.int64).repeat(len(self.names))
+        out = torch.empty((len(arm), *self.shape), device=device)
+        bar = tqdm(total=len(arm), unit="img", desc="sampling", disable=not progress)
+        for at in range(0, len(arm), self.micro_batch):
+            here = torch.arange(at, min(at + self.micro_batch, len(arm)), device=device)
+            padded = torch.nn.functional.pad(here, (0, self.micro_batch - len(here)), value=at)
+            out[here] = self.batch(arm[padded], seed[padded])[: len(here)]
+            if done:
+                for i in here.tolist():
+                    done(self.names[i // count], seeds[i % count], out[i])
+            bar.update(len(here))
+        bar.close()
+        return dict(zip(self.names, out.split(count), strict=True))
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Refuse an empty sequence and anything that is not a 64-bit integer.
+
+    Raises:
+        UserError: As said.
+    """
+    if len(seeds) == 0:
+        raise UserError("0 images were asked for: expected at least 1 seed")
+    for seed in seeds:
+        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+            raise UserError(f"seed {seed!r} is not a seed: expected an integer of 64 bits")

@@ -1,0 +1,356 @@
+"""Training, from scratch or by fine-tuning, clean or poisoned. The unit is images seen.
+
+    x_t = noising(x0, t, seed)      loss = sum W (network(x_t, t) - eps - c_t R)^2      Adam, warm-up and cosine, EMA
+
+Sample ``n`` is what `bdengine.plan` says whatever happened before, so a resumed run equals an uninterrupted one.
+A run's folder holds ``config.json``, ``stats.jsonl``, ``state.safetensors`` (to resume) and ``checkpoint/`` (diffusers).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import bdkernels
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from . import checkpoint
+from .attacks import Attack, AttackConfig, noising_table
+from .config import to_json
+from .data import Images, load
+from .errors import UserError
+from .files import write_atomic, write_json
+from .networks import Network, unet
+from .plan import TrainingPlan
+from .schedule import Schedule, linear
+from .solvers import SamplerConfig
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """A new UNet's shape."""
+
+    widths: tuple[int, ...] = (16, 32, 64)
+    """Channels of each resolution."""
+    layers: int = 1
+    """Residual blocks a resolution."""
+    groups: int = 8
+    """Groups of the group norms."""
+    attention: int = 0
+    """Resolutions, counted from the coarsest, that have attention."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run."""
+
+    out: Path
+    """The run's folder; an unfinished run of the same configuration in it is resumed."""
+    data: str = "digits"
+    """digits, cifar10, or a folder of images."""
+    size: int = 16
+    """Side of the images in pixels."""
+    channels: int = 1
+    """1 for grey, 3 for colour."""
+    init: str | None = None
+    """Checkpoint folder to fine-tune; a new network where absent."""
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    attack: AttackConfig | None = None
+    """The backdoor to implant; clean training where absent."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """The sampler that the model is made for; exact coefficients depend on it."""
+    images: int = 1_000_000
+    """Training length, in images seen."""
+    batch: int = 128
+    """Images an optimizer step."""
+    micro_batch: int | None = None
+    """Images a forward pass, a divisor of batch (gradients accumulate); the whole batch where absent."""
+    lr: float = 2e-4
+    """Peak learning rate of Adam."""
+    warmup: int = 64_000
+    """Images over which the learning rate rises from 0."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """The learning rate after the warm-up."""
+    ema: float = 0.0
+    """Decay of the weights' moving average an optimizer step; 0 saves the weights as they are."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the network's arithmetic (autocast)."""
+    timesteps: Literal["all", "grid"] = "all"
+    """Train every timestep, or the sampler's grid alone."""
+    flip: bool = False
+    """Mirror half of the images."""
+    seed: int = 0
+    """Everything random follows from it."""
+    status: int = 12_800
+    """Images between lines of stats.jsonl."""
+    snapshot: int = 128_000
+    """Images between saves of the resumable state."""
+
+    def check(self) -> None:
+        """Refuse values that cannot be trained with.
+
+        Raises:
+            UserError: Naming the value and what was expected.
+        """
+        for name in ("images", "batch", "status", "snapshot", "size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: expected at least 1")
+        if self.micro_batch is not None and (self.micro_batch < 1 or self.batch % self.micro_batch):
+            raise UserError(f"the micro-batch is {self.micro_batch}: expected a divisor of the batch, {self.batch}")
+        if not self.lr > 0:
+            raise UserError(f"the learning rate is {self.lr}: expected more than 0")
+        if not 0 <= self.ema < 1:
+            raise UserError(f"the EMA decay is {self.ema}: expected 0 to below 1")
+
+
+class Trainer:
+    """One run: its network, optimizer, data and plan, at ``images_seen``."""
+
+    def __init__(self, config: TrainConfig, device: torch.device | str = "cpu") -> None:
+        config.check()
+        self.config, self.device = config, torch.device(device)
+        self.process: Schedule = linear()
+        table = config.sampler.table(self.process)
+        shape = (config.channels, config.size, config.size)
+        self.attack: Attack | None = config.attack and config.attack.build(self.process, shape, table)
+        self.data: Images = load(config.data, config.size, config.channels)
+        self.pixels = self.data.pixels.to(self.device).contiguous(memory_format=torch.channels_last)
+        self.plan = TrainingPlan(
+            seed=config.seed,
+            images=len(self.pixels),
+            timesteps=np.arange(self.process.T) if config.timesteps == "all" else table.timesteps.astype(np.int64),
+            poison_rate=config.attack.rate if config.attack else 0.0,
+            flip=config.flip,
+        )
+        self.table = noising_table(self.process, self.attack).to(self.device)
+        self.network = self._network().to(self.device)
+        self.ema = copy.deepcopy(self.network).requires_grad_(False) if config.ema else self.network
+        self.parameters = list(self.network.parameters())
+        self.optimizer = torch.optim.Adam(self.parameters, lr=config.lr, fused=True)
+        self.images_seen = 0
+
+    def _network(self) -> Network:
+        config = self.config
+        if config.init is not None:
+            network = Network(checkpoint.load_unet(config.init))
+            if network.sample_shape != (config.channels, config.size, config.size):
+                raise UserError(
+                    f"{config.init} makes images of shape {tuple(network.sample_shape)}:"
+                    f" expected {(config.channels, config.size, config.size)}"
+                )
+            return network.train()
+        torch.manual_seed(config.seed)
+        c = config.network
+        net = unet(config.size, config.channels, c.widths, layers=c.layers, groups=c.groups, attention=c.attention)
+        return Network(net).train()
+
+    def learning_rate(self, images_seen: int) -> float:
+        """Linear warm-up, then a half cosine to 0 (or constant)."""
+        c = self.config
+        if images_seen < c.warmup:
+            return c.lr * (images_seen + c.batch) / (c.warmup + c.batch)
+        if c.schedule == "constant":
+            return c.lr
+        done = (images_seen - c.warmup) / max(c.images - c.warmup, 1)
+        return c.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+    def loss(self, start: int, count: int) -> Tensor:
+        """Mean loss of training samples ``start .. start + count``, 0-d float32."""
+        batch = self.plan.batch(start, count)
+        image, seed, t, arm, flip = (v.to(self.device, non_blocking=True) for v in vars(batch).values())
+        x0 = self.pixels[image]
+        poison = {} if self.attack is None else {"trigger": self.stamp, "mask": self.mask}
+        mirror = flip if self.config.flip else None
+        target = None if self.attack is None else self.target
+        x_t = bdkernels.fused_noising(x0, t, arm, seed, self.table, target=target, flip=mirror, **poison)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+            prediction = self.network(x_t, t)
+        return bdkernels.fused_loss(prediction, x0, t, arm, seed, self.table, flip=mirror, **poison).sum()
+
+    @property
+    def stamp(self) -> Tensor:
+        assert self.attack is not None
+        return self.attack.stamp[None].to(self.device)
+
+    @property
+    def mask(self) -> Tensor:
+        assert self.attack is not None
+        return self.attack.mask[None].to(self.device)
+
+    @property
+    def target(self) -> Tensor:
+        assert self.attack is not None
+        return self.attack.target[None].to(self.device)
+
+    def step(self) -> Tensor:
+        """One optimizer step; returns the batch's mean loss, 0-d, without a read back to the host."""
+        config = self.config
+        micro = config.micro_batch or config.batch
+        share = micro / config.batch
+        lr = self.learning_rate(self.images_seen)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        for at in range(0, config.batch, micro):
+            loss = self.loss(self.images_seen + at, micro) * share
+            loss.backward()
+            total += loss.detach()
+        nn.utils.clip_grad_norm_(self.parameters, config.grad_clip)
+        self.optimizer.step()
+        self.images_seen += config.batch
+        if config.ema:
+            steps = self.images_seen // config.batch
+            decay = min(config.ema, (1 + steps) / (10 + steps))
+            torch._foreach_lerp_(list(self.ema.parameters()), self.parameters, 1 - decay)
+        return total
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything a resumed run needs, by name."""
+        tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
+        if self.config.ema:
+            tensors |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
+        for i, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"adam.{i}.{k}": v for k, v in moments.items()}
+        return tensors
+
+    def restore(self, tensors: dict[str, Tensor], images_seen: int) -> None:
+        """Continue from `state`."""
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+        self.network.load_state_dict(part("network."))
+        if self.config.ema:
+            self.ema.load_state_dict(part("ema."))
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in part("adam.").items():
+            index, key = name.split(".")
+            moments.setdefault(int(index), {})[key] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.images_seen = images_seen
+
+    def save_checkpoint(self, path: Path) -> None:
+        """The network (its EMA where kept) as a diffusers folder, with what made it in ``bdengine.json``."""
+        made_by = {"train": to_json(self.config), "images_seen": self.images_seen, "data": self.data.name}
+        checkpoint.save_pipeline(path, self.ema.unet, scheduler_config(self.process), extra=made_by)
+
+
+def scheduler_config(schedule: Schedule) -> dict[str, Any]:
+    """diffusers' description of the process, as its DDPMScheduler reads it."""
+    return {
+        "_class_name": "DDPMScheduler",
+        "num_train_timesteps": schedule.T,
+        "beta_start": float(schedule.betas[0]),
+        "beta_end": float(schedule.betas[-1]),
+        "beta_schedule": schedule.name,
+        "prediction_type": "epsilon",
+        "variance_type": "fixed_small",
+        "clip_sample": False,
+    }
+
+
+class _Interrupt:
+    """Turns the first Ctrl-C into a request to stop after the step in progress; a second one acts at once."""
+
+    def __enter__(self) -> _Interrupt:
+        self.asked = False
+        self.before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, self.before)
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self.before)
+
+
+def train(
+    config: TrainConfig,
+    *,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+    until: Callable[[Trainer], bool] | None = None,
+) -> Trainer:
+    """Run ``config`` to its end, resuming what its folder holds.
+
+    Args:
+        until: Asked after each step; the run ends early, as if complete, where it says so.
+
+    Returns:
+        The trainer, with ``checkpoint/`` written.
+
+    Raises:
+        UserError: A bad value, missing data, or a folder that holds another run.
+        FloatingPointError: The loss is not finite.
+        KeyboardInterrupt: After Ctrl-C, with the state saved: the same call goes on from there.
+    """
+    trainer = Trainer(config, device)
+    out, state = config.out, config.out / "state.safetensors"
+    described = to_json(config)
+    if (out / "config.json").exists():
+        if json.loads((out / "config.json").read_text()) != described:
+            raise UserError(f"{out} holds a run of another configuration: expected an empty folder or the same run")
+        if state.exists():
+            tensors, meta = checkpoint.load_state(state)
+            trainer.restore(tensors, int(meta["images_seen"]))
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "config.json", described)
+    _keep_stats(out / "stats.jsonl", trainer.images_seen)
+
+    def save() -> None:
+        checkpoint.save_state(state, trainer.state(), {"images_seen": trainer.images_seen})
+
+    bar = tqdm(total=config.images, initial=trainer.images_seen, unit="img", desc="training", disable=not progress)
+    losses: list[Tensor] = []
+    begun = time.perf_counter()
+    with _Interrupt() as interrupt, (out / "stats.jsonl").open("a") as stats:
+        while trainer.images_seen < config.images:
+            before = trainer.images_seen
+            losses.append(trainer.step())
+            bar.update(config.batch)
+            ended = trainer.images_seen >= config.images or (until is not None and until(trainer))
+            if ended or trainer.images_seen // config.status > before // config.status:
+                loss = float(torch.stack(losses).mean())
+                if not math.isfinite(loss):
+                    raise FloatingPointError(f"the loss is {loss} after {trainer.images_seen} images")
+                seconds = time.perf_counter() - begun
+                rate = len(losses) * config.batch / seconds
+                line = {"images": trainer.images_seen, "loss": loss, "lr": trainer.learning_rate(before)}
+                stats.write(json.dumps(line | {"images_per_second": round(rate, 1)}) + "\n")
+                stats.flush()
+                bar.set_postfix(loss=f"{loss:.4f}")
+                losses, begun = [], time.perf_counter()
+            if interrupt.asked or trainer.images_seen // config.snapshot > before // config.snapshot:
+                save()
+            if interrupt.asked:
+                bar.close()
+                raise KeyboardInterrupt
+            if ended:
+                break
+    bar.close()
+    save()
+    trainer.save_checkpoint(out / "checkpoint")
+    return trainer
+
+
+def _keep_stats(path: Path, images_seen: int) -> None:
+    """Drop the lines after ``images_seen``: a killed run may have written some that its last saved state does not know."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines() if json.loads(line)["images"] <= images_seen]
+        write_atomic(path, "".join(line + "\n" for line in lines))

@@ -1,0 +1,462 @@
+"""Triggers, masks and targets against the published geometry, pixel by pixel."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from bdengine.errors import UserError
+from bdengine.triggers import TARGETS, TRIGGERS, mask, patch_mask, target, trigger
+
+RANGES = [(-1.0, 1.0), (0.0, 1.0)]
+SIZES = [16, 32, 64, 256]
+BOXES = {18: "BIG", 14: "SM", 11: "XSM", 8: "XXSM", 4: "XXXSM"}
+
+
+def sentence(caught: pytest.ExceptionInfo[UserError]) -> str:
+    text = str(caught.value)
+    assert "\n" not in text
+    assert ". " not in text
+    return text
+
+
+def rectangle(size: int, rows: range, columns: range, inside: float, outside: float) -> np.ndarray:
+    image = np.full((size, size), outside, np.float32)
+    for row in rows:
+        for column in columns:
+            image[row, column] = inside
+    return image
+
+
+def equals(image: Tensor, plane: np.ndarray, channels: int) -> bool:
+    return image.dtype == torch.float32 and np.array_equal(image.numpy(), np.stack([plane] * channels))
+
+
+def picture(path: Path, width: int, height: int, mode: str = "RGB") -> Path:
+    values = np.random.default_rng(width * height).integers(0, 256, (height, width, len(mode)), dtype=np.uint8)
+    values[: height // 3] = 255
+    Image.fromarray(values.squeeze(), mode).save(path)
+    return path
+
+
+def published_values(image: Image.Image, vmin: float, vmax: float) -> np.ndarray:
+    unit = np.asarray(image).reshape(image.height, image.width, -1).transpose(2, 0, 1) / 255
+    return unit * (vmax - vmin) + vmin
+
+
+# Triggers
+
+
+@pytest.mark.parametrize("value_range", RANGES)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("side", BOXES)
+def test_boxes(side: int, size: int, value_range: tuple[float, float]) -> None:
+    vmin, vmax = value_range
+    if side + 2 > size:
+        with pytest.raises(UserError) as caught:
+            trigger(f"BOX_{side}", size, 3)
+        assert (
+            sentence(caught)
+            == f"the trigger BOX_{side} needs {side + 2} x {side + 2} px: expected a size of at least that, not {size}"
+        )
+        return
+    span = range(size - side - 2, size - 2)
+    grey = rectangle(size, span, span, (vmin + vmax) / 2, vmin)
+    white = rectangle(size, span, span, vmax, vmin)
+    for channels in (1, 3):
+        assert equals(trigger(f"BOX_{side}", size, channels, value_range=value_range), grey, channels)
+        assert equals(trigger(f"{BOXES[side]}_BOX_MED", size, channels, value_range=value_range), grey, channels)
+        assert equals(trigger(f"{BOXES[side]}_BOX", size, channels, value_range=value_range), white, channels)
+
+
+def test_box_14_golden() -> None:
+    image = trigger("BOX_14", 32, 3)
+    active = (image != -1).nonzero()
+    assert len(active) == 3 * 14 * 14
+    assert active.amin(0).tolist() == [0, 16, 16]
+    assert active.amax(0).tolist() == [2, 29, 29]
+    assert image[image != -1].unique().tolist() == [0.0]
+    assert (trigger("BOX_14", 16, 1)[0] == 0).nonzero().amax(0).tolist() == [13, 13]
+
+
+def test_a_box_that_just_fits() -> None:
+    assert (trigger("BOX_18", 20, 1)[0] == 0).nonzero().amin(0).tolist() == [0, 0]
+    with pytest.raises(UserError, match="needs 20 x 20 px"):
+        trigger("BOX_18", 19, 1)
+
+
+@pytest.mark.parametrize("value_range", RANGES)
+def test_none_is_vmin(value_range: tuple[float, float]) -> None:
+    assert equals(trigger("NONE", 16, 3, value_range=value_range), np.full((16, 16), value_range[0], np.float32), 3)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_patches_are_flush(size: int) -> None:
+    white = rectangle(size, range(size - 3, size), range(size - 3, size), 1, -1)
+    assert equals(trigger("PATCH_3_WHITE", size, 3), white, 3)
+    assert equals(trigger("PATCH_3_WHITE", size, 1), white, 1)
+    blue = trigger("PATCH_6_BLUE", size, 3)
+    assert blue[:, -6:, -6:].flatten(1).unique(dim=1)[:, 0].tolist() == [
+        np.float32(v) for v in (-1, (2 * 161 - 255) / 255, (2 * 254 - 255) / 255)
+    ]
+    assert (blue[:, : size - 6] == -1).all()
+    assert (blue[:, :, : size - 6] == -1).all()
+
+
+@pytest.mark.parametrize(
+    ("colour", "rgb"),
+    {
+        "BROWN": (66, 33, 0),
+        "GREEN": (96, 216, 56),
+        "LIGHT_BLUE": (30, 229, 206),
+        "PURPLE": (238, 95, 167),
+        "RED": (255, 99, 77),
+        "YELLOW": (249, 226, 49),
+    }.items(),
+)
+def test_patch_colours(colour: str, rgb: tuple[int, int, int]) -> None:
+    assert (trigger(f"PATCH_1_{colour}", 16, 3)[:, 15, 15] * 127.5 + 127.5).round().int().tolist() == list(rgb)
+    grey = (trigger(f"PATCH_1_{colour}", 16, 1)[0, 15, 15] * 127.5 + 127.5).item()
+    assert grey == pytest.approx(np.dot(rgb, (0.299, 0.587, 0.114)), abs=0.51)
+
+
+def test_a_patch_may_fill_the_image() -> None:
+    assert (trigger("PATCH_32_WHITE", 32, 3) == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("BOX_13", "the nearest is 'BOX_1"),
+        ("STOP_SIGN14", "the nearest is 'STOP_SIGN_14'"),
+        ("PATCH_3_PURPEL", "unknown patch colour 'PURPEL': expected one of BLUE, .*; the nearest is 'PURPLE'"),
+        ("PATCH_0_WHITE", "has a side of 0 px: expected 1 to 32, the size of the image"),
+        ("PATCH_33_WHITE", "has a side of 33 px: expected 1 to 32, the size of the image"),
+    ],
+)
+def test_unknown_triggers(name: str, text: str) -> None:
+    with pytest.raises(UserError, match=text) as caught:
+        trigger(name, 32, 3)
+    sentence(caught)
+
+
+@pytest.mark.parametrize("value_range", RANGES)
+@pytest.mark.parametrize("size", SIZES)
+def test_every_trigger(size: int, value_range: tuple[float, float], tmp_path: Path) -> None:
+    file = picture(tmp_path / "picture.png", 99, 97)
+    fitted = 0
+    for name in TRIGGERS:
+        needs_file = ("SIGN" in name and "DRAWN" not in name) or name in ("GLASSES", "IMAGE")
+        try:
+            image = trigger(name, size, 3, value_range=value_range, file=file if needs_file else None)
+        except UserError as error:
+            assert "expected a size of at least that" in str(error)  # noqa: PT017
+            assert size == 16
+            continue
+        fitted += 1
+        assert image.shape == (3, size, size)
+        assert image.dtype == torch.float32
+        assert image.is_contiguous()
+        assert value_range[0] <= image.min() <= image.max() <= value_range[1]
+        assert (name == "NONE") == bool((image == value_range[0]).all())
+    assert fitted == (len(TRIGGERS) if size > 16 else len(TRIGGERS) - 6)
+
+
+def test_names_are_unique() -> None:
+    assert len(set(TRIGGERS)) == len(TRIGGERS)
+    assert len(set(TARGETS)) == len(TARGETS)
+
+
+# Triggers from files
+
+
+@pytest.mark.parametrize("value_range", RANGES)
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("name", "side"), [("STOP_SIGN_14", 14), ("SM_STOP_SIGN", 14), ("BIG_STOP_SIGN", 18)])
+def test_stop_sign(name: str, side: int, channels: int, value_range: tuple[float, float], tmp_path: Path) -> None:
+    vmin, vmax = value_range
+    file = picture(tmp_path / "sign.png", 999, 997, "RGBA")
+    stamp = Image.open(file).convert("L" if channels == 1 else "RGB").resize((side, side), Image.Resampling.BILINEAR)
+    values = published_values(stamp, vmin, vmax)
+    values[values >= 0.999] = vmin
+    expected = np.full((channels, 32, 32), vmin)
+    expected[:, 30 - side : 30, 30 - side : 30] = values
+
+    image = trigger(name, 32, channels, value_range=value_range, file=file)
+    np.testing.assert_allclose(image.numpy(), expected, atol=1e-6)
+    assert np.array_equal(mask(image, value_range).numpy() == 1, expected == vmin)
+    assert 0 < mask(image, value_range).mean() < 1
+
+
+def test_white_of_a_sign_is_bare_in_each_channel_alone(tmp_path: Path) -> None:
+    Image.new("RGB", (14, 14), (255, 254, 0)).save(tmp_path / "sign.png")
+    image = trigger("STOP_SIGN_14", 32, 3, file=tmp_path / "sign.png")
+    assert image[:, 20, 20].tolist() == [-1, np.float32((2 * 254 - 255) / 255), -1]
+    assert mask(image)[:, 20, 20].tolist() == [1, 0, 1]
+
+
+def test_a_wide_sign_keeps_its_shape_and_the_gap(tmp_path: Path) -> None:
+    Image.new("RGB", (41, 20), (90, 90, 90)).save(tmp_path / "wide.png")
+    active = (trigger("STOP_SIGN_14", 32, 3, file=tmp_path / "wide.png")[0] != -1).nonzero()
+    assert active.amin(0).tolist() == [16, 30 - int(14 * 41 / 20)]
+    assert active.amax(0).tolist() == [29, 29]
+    with pytest.raises(UserError, match=r"the trigger STOP_SIGN_14 needs 30 x 30 px: expected .* not 28"):
+        trigger("STOP_SIGN_14", 28, 3, file=tmp_path / "wide.png")
+
+
+@pytest.mark.parametrize(("size", "first", "last"), [(32, 6, 25), (256, 48, 207), (16, 3, 12), (17, 3, 12)])
+def test_glasses_are_centred(size: int, first: int, last: int, tmp_path: Path) -> None:
+    Image.new("RGB", (512, 512), (0, 90, 254)).save(tmp_path / "glasses.png")
+    image = trigger("GLASSES", size, 3, file=tmp_path / "glasses.png")
+    active = (image[2] != -1).nonzero()
+    assert active.amin(0).tolist() == [first, first]
+    assert active.amax(0).tolist() == [last, last]
+
+
+def test_image_covers_the_canvas_and_keeps_its_white(tmp_path: Path) -> None:
+    file = picture(tmp_path / "any.png", 40, 60)
+    resized = Image.open(file).resize((16, 16), Image.Resampling.BILINEAR)
+    image = trigger("IMAGE", 16, 3, file=file)
+    np.testing.assert_allclose(image.numpy(), published_values(resized, -1, 1), atol=1e-6)
+    assert (image[:, 0] == 1).all()
+
+
+@pytest.mark.parametrize("name", ["STOP_SIGN_14", "GLASSES"])
+def test_a_missing_file_names_the_stand_in(name: str) -> None:
+    with pytest.raises(UserError) as caught:
+        trigger(name, 32, 3)
+    text = sentence(caught)
+    assert text.startswith(f"the trigger {name} needs a picture: expected file to be a copy of static/")
+    assert text.endswith("or the drawn DRAWN_STOP_SIGN_14")
+    assert "DRAWN_STOP_SIGN_14" in TRIGGERS
+
+
+def test_a_file_that_would_be_ignored(tmp_path: Path) -> None:
+    for make, name in ((trigger, "BOX_14"), (target, "CORNER")):
+        with pytest.raises(UserError, match=rf"{name} reads no file, but was given '.*a.png': expected none, or IMAGE"):
+            make(name, 32, 3, file=tmp_path / "a.png")
+
+
+def test_a_file_that_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot read '.*none.png' \(No such file or directory\): expected a whole"):
+        trigger("IMAGE", 32, 3, file=tmp_path / "none.png")
+
+
+def test_pictures_have_one_or_three_channels(tmp_path: Path) -> None:
+    for name, file in (("IMAGE", picture(tmp_path / "a.png", 9, 9)), ("PATCH_3_RED", None)):
+        with pytest.raises(UserError, match=r"pictures cannot have 4 channels: expected 1 \(grey\) or 3 \(RGB\)"):
+            trigger(name, 32, 4, file=file)
+    assert trigger("BOX_14", 32, 4).shape == (4, 32, 32)
+
+
+class _Bomb:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_named_png_is_not_loaded(tmp_path: Path) -> None:
+    (tmp_path / "evil.png").write_bytes(pickle.dumps(_Bomb(tmp_path / "gone_off")))
+    for make in (trigger, target):
+        with pytest.raises(UserError, match=r"evil.png' \(cannot identify image file") as caught:
+            make("IMAGE", 32, 3, file=tmp_path / "evil.png")
+        sentence(caught)
+    assert not (tmp_path / "gone_off").exists()
+
+
+def test_drawn_stop_sign() -> None:
+    image = trigger("DRAWN_STOP_SIGN_14", 32, 3)
+    covered = mask(image)[0] == 0
+    assert (mask(image) == mask(image)[:1]).all()
+    assert covered.nonzero().amin(0).tolist() == [16, 16]
+    assert covered.nonzero().amax(0).tolist() == [29, 29]
+    assert covered.sum() == 14 * 14 - 4 * (1 + 2 + 3 + 4)
+    assert (covered == covered.T).all()
+    red, green, blue = image[:, 22, 22].tolist()
+    assert red > 0 > max(green, blue) > -1
+    assert (mask(trigger("DRAWN_STOP_SIGN_4", 16, 1)) == 0).sum() == 12
+
+
+# Masks
+
+
+@pytest.mark.parametrize("value_range", [*RANGES, (0.1, 0.7)])
+def test_mask_is_one_where_the_trigger_is_bare(value_range: tuple[float, float]) -> None:
+    expected = rectangle(32, range(16, 30), range(16, 30), 0, 1)
+    assert equals(mask(trigger("BOX_14", 32, 3, value_range=value_range), value_range), expected, 3)
+    assert (mask(trigger("NONE", 32, 3, value_range=value_range), value_range) == 1).all()
+
+
+def test_mask_is_per_channel_and_patch_mask_is_not() -> None:
+    assert mask(trigger("PATCH_3_BLUE", 32, 3))[:, 31, 31].tolist() == [1, 0, 0]
+    region = rectangle(32, range(29, 32), range(29, 32), 0, 1)
+    assert equals(patch_mask("PATCH_3_BLUE", 32, 3), region, 3)
+    with pytest.raises(UserError, match="unknown patch 'BOX_4': expected one of PATCH_3_BLUE"):
+        patch_mask("BOX_4", 32, 3)
+
+
+@pytest.mark.parametrize(
+    ("image", "text"),
+    [
+        (torch.full((3, 8, 8), float("nan")), r"the trigger holds 192 NaN: expected values in \[-1.0, 1.0\]"),
+        (torch.full((3, 8, 8), 255.0), r"the trigger spans \[255, 255\]: expected values in \[-1.0, 1.0\]; rescale"),
+        (torch.full((3, 8, 8), -float("inf")), r"the trigger spans \[-inf, -inf\]"),
+        (torch.zeros(3, 8, 8, dtype=torch.uint8), r"the trigger is torch.uint8 \[3, 8, 8\]: expected floating point"),
+        (torch.zeros(8, 8), r"the trigger is torch.float32 \[8, 8\]: expected floating point \[C, S, S\]"),
+        (torch.zeros(3, 8, 9), r"\[3, 8, 9\]"),
+    ],
+)
+def test_bad_trigger_tensors(image: Tensor, text: str) -> None:
+    with pytest.raises(UserError, match=text):
+        mask(image)
+    with pytest.raises(UserError, match=text):
+        target("SHIFT", 8, 3, trigger=image)
+
+
+@pytest.mark.parametrize("value_range", [(1.0, -1.0), (0.0, 0.0), (0.0, float("inf")), (float("nan"), 1.0)])
+def test_bad_value_ranges(value_range: tuple[float, float]) -> None:
+    for make in (
+        lambda: trigger("BOX_4", 16, 1, value_range=value_range),
+        lambda: target("CORNER", 16, 1, value_range=value_range),
+        lambda: mask(torch.zeros(1, 4, 4), value_range),
+    ):
+        with pytest.raises(UserError, match=r"value_range is .* expected two finite numbers in rising order"):
+            make()
+
+
+@pytest.mark.parametrize(("size", "channels"), [(0, 3), (-4, 3), (32, 0)])
+def test_empty_canvases(size: int, channels: int) -> None:
+    for make, name in ((trigger, "NONE"), (target, "CORNER")):
+        with pytest.raises(UserError, match="expected at least 1 of each"):
+            make(name, size, channels)
+
+
+# Targets
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_corner(size: int) -> None:
+    assert equals(target("CORNER", size, 3), rectangle(size, range(10), range(10), 0, -0.4), 3)
+    half = target("CORNER", size, 1, value_range=(0.0, 1.0))
+    assert equals(half, rectangle(size, range(10), range(10), 0.5, 0.3), 1)
+
+
+def test_corner_needs_ten_pixels() -> None:
+    with pytest.raises(UserError, match="the target CORNER is 10 px wide: expected a size of at least that, not 9"):
+        target("CORNER", 9, 1)
+
+
+def test_shift_and_noshift_of_box_14() -> None:
+    box = trigger("BOX_14", 32, 3)
+    kept = box.clone()
+    for name in ("NOSHIFT", "TRIGGER"):
+        assert equals(target(name, 32, 3, trigger=box), rectangle(32, range(16, 30), range(16, 30), 0, -0.4), 3)
+    assert equals(target("SHIFT", 32, 3, trigger=box), rectangle(32, range(13, 27), range(11, 25), 0, -0.4), 3)
+    assert torch.equal(box, kept)
+
+
+def test_shift_goes_around_the_edges() -> None:
+    image = torch.full((1, 32, 32), -1.0)
+    image[0, 0, 0] = 1
+    assert (target("SHIFT", 32, 1, trigger=image) == 1).nonzero().tolist() == [[0, 29, 27]]
+
+
+def test_targets_made_from_a_trigger_need_one_that_fits() -> None:
+    with pytest.raises(
+        UserError, match="the target SHIFT is made from the trigger, but there is none: expected one, or"
+    ):
+        target("SHIFT", 32, 3)
+    with pytest.raises(UserError, match=r"the trigger has shape \[3, 16, 16\]: expected \[3, 32, 32\]"):
+        target("NOSHIFT", 32, 3, trigger=trigger("BOX_4", 16, 3))
+
+
+@pytest.mark.parametrize("value_range", RANGES)
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", ["HAT", "BWHAT", "CAT", "SHOE", "MICKEY", "IMAGE"])
+def test_targets_from_files(name: str, channels: int, value_range: tuple[float, float], tmp_path: Path) -> None:
+    vmin, vmax = value_range
+    file = picture(tmp_path / "target.png", 50, 70, "RGBA")
+    resized = Image.open(file).convert("L" if channels == 1 else "RGB").resize((32, 32), Image.Resampling.BILINEAR)
+    expected = published_values(resized, vmin, vmax)
+    floor = vmin + 0.3 * (vmax - vmin)
+    assert (expected < floor).any()
+    if name not in ("MICKEY", "IMAGE"):
+        expected[expected <= floor] = floor
+    image = target(name, 32, channels, value_range=value_range, file=file)
+    assert image.dtype == torch.float32
+    np.testing.assert_allclose(image.numpy(), expected, atol=1e-6)
+
+
+def test_transparency_shows_the_colour_it_hid(tmp_path: Path) -> None:
+    Image.new("RGBA", (8, 8), (255, 0, 255, 0)).save(tmp_path / "clear.png")
+    assert target("IMAGE", 8, 3, file=tmp_path / "clear.png")[:, 4, 4].tolist() == [1, -1, 1]
+
+
+def test_a_missing_target_file_names_the_stand_in() -> None:
+    with pytest.raises(UserError) as caught:
+        target("HAT", 32, 3)
+    assert sentence(caught) == (
+        "the target HAT needs a picture: expected file to be a copy of static/fedora-hat.png of BadDiffusion, "
+        "or the drawn DRAWN_HAT"
+    )
+
+
+def test_unknown_target() -> None:
+    with pytest.raises(UserError, match=r"unknown target 'CORNR': .*; the nearest is 'CORNER'"):
+        target("CORNR", 32, 3)
+
+
+HAT = """
+................
+................
+....########....
+....########....
+....########....
+....########....
+....########....
+....########....
+....########....
+....########....
+....@@@@@@@@....
+.#..@@@@@@@@..#.
+.##############.
+..############..
+................
+................
+"""
+
+
+def test_drawn_hat() -> None:
+    values = {".": -0.4, "#": 1, "@": -1}
+    plane = np.array([[values[mark] for mark in row] for row in HAT.split()], np.float32)
+    assert equals(target("DRAWN_HAT", 16, 3), plane, 3)
+    assert equals(target("DRAWN_HAT", 32, 1), plane.repeat(2, 0).repeat(2, 1), 1)
+
+
+@pytest.mark.parametrize("size", [16, 20, 24, 28, 40, 64, 256])
+def test_drawn_hat_at_any_size(size: int) -> None:
+    hat = target("DRAWN_HAT", size, 3, value_range=(0.0, 1.0))
+    assert torch.equal(hat, hat.flip(2))
+    assert hat.is_contiguous()
+    assert hat.unique().tolist() == [0, np.float32(0.3), 1]
+    assert 0.3 < (hat == 1).float().mean() < 0.42
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_target(size: int, tmp_path: Path) -> None:
+    file = picture(tmp_path / "picture.png", 51, 52)
+    for name in TARGETS:
+        needs_file = name not in ("CORNER", "NOSHIFT", "TRIGGER", "SHIFT", "DRAWN_HAT")
+        image = target(name, size, 3, trigger=trigger("BOX_4", size, 3), file=file if needs_file else None)
+        assert image.shape == (3, size, size)
+        assert image.dtype == torch.float32
+        assert -1 <= image.min() < image.max() <= 1
