@@ -75,7 +75,7 @@ def normal(seeds: Tensor, step: Tensor, stream: int, shape: Sequence[int], dtype
         radius = _sqrt(_ln(radius_u) * -2.0)
         cos, sin = _cos_sin(angle_u)
         z += [radius * cos, radius * sin]
-    flat = torch.stack(z, dim=-1).reshape(len(seeds), -1)[:, :elements]
+    flat = torch.stack(z, dim=-1).flatten(1)[:, :elements]
     return flat.reshape(len(seeds), *shape).to(dtype)
 
 
@@ -85,10 +85,23 @@ def _clamp(v: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return torch.where(v > high, high, v)
 
 
+def _check_range(name: str, value: Tensor, count: int) -> None:
+    """On a CPU a wrong index is an error; elsewhere looking would read back, and indexing asserts on the device."""
+    if value.device.type == "cpu" and value.numel() and not 0 <= int(value.min()) <= int(value.max()) < count:
+        wrong = int(value.min()) if int(value.min()) < 0 else int(value.max())
+        raise ValueError(f"{name} {wrong} is outside the table: expected 0 to {count - 1}")
+
+
 class _Rows:
     """The rows of a batch as ``row[column] -> [N|1, C|1, H|1, W|1]``, mixed by ``region`` where there is one."""
 
-    def __init__(self, table: Tensor, arm: Tensor, row: Tensor, region: Tensor | None, arm_inside: Tensor | None):
+    def __init__(
+        self, table: Tensor, arm: Tensor, row: Tensor, region: Tensor | None, arm_inside: Tensor | None, name: str
+    ) -> None:
+        _check_range(name, row, table.shape[1])
+        for arms in (arm, arm_inside):
+            if arms is not None:
+                _check_range("arm", arms, table.shape[0])
         self.outside = table[arm, row]
         self.inside = table[arm_inside, row] if arm_inside is not None else None
         self.region = region
@@ -114,7 +127,7 @@ def _step(
 ) -> tuple[Tensor, list[Tensor], _Rows]:
     """``x'`` in the compute dtype, the value of each store, and the rows."""
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    row = _Rows(table.to(compute), arm, step.expand(len(x)), region, arm_inside)
+    row = _Rows(table.to(compute), arm, step.expand(len(x)), region, arm_inside, "step")
     x_t, m = x.to(compute), model_output.to(compute)
     r = trigger.to(compute) if trigger is not None else None
 
@@ -219,7 +232,7 @@ def fused_noising(
 ) -> Tensor:
     """See `bdkernels.fused_noising`."""
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    row = _Rows(table.to(compute), arm, t, region, arm_inside)
+    row = _Rows(table.to(compute), arm, t, region, arm_inside, "timestep")
     x = _pixels(x0, flip, compute)
     data = x if target is None else torch.where((arm > 0).reshape(-1, 1, 1, 1), target.to(compute), x)
     x_t = row[Noising.A] * data
@@ -246,7 +259,7 @@ def fused_loss(
 ) -> tuple[Tensor, Tensor]:
     """See `bdkernels.fused_loss`: the loss of each sample and the gradient in ``prediction``."""
     compute = torch.float64 if prediction.dtype == torch.float64 else torch.float32
-    row = _Rows(table.to(compute), arm, t, region, arm_inside)
+    row = _Rows(table.to(compute), arm, t, region, arm_inside, "timestep")
     target = normal(seeds, torch.zeros_like(t[:1]), noise.STREAM_TRAINING, x0.shape[1:], compute)
     poisoned = _poisoned_image(_pixels(x0, flip, compute), trigger, mask)
     if poisoned is not None:

@@ -297,14 +297,14 @@ def _build(config: Path, where: str) -> UNet2DModel:
 
 
 def _check_fit(file: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    for names, fault in (
-        (expected.keys() - found.keys(), "lacks"),
-        (found.keys() - expected.keys(), "has, unknown to the configuration,"),
+    for fault, names in (
+        ("lacks", expected.keys() - found.keys()),
+        ("holds the unknown", found.keys() - expected.keys()),
     ):
         if names:
             raise UserError(
-                f"{file} {fault} {len(names)} tensors, {min(names)} among them; "
-                f"expected the {len(expected)} that config.json describes"
+                f"{file} {fault} {min(names)} (and {len(names) - 1} more); "
+                f"expected the {len(expected)} tensors that config.json describes"
             )
     for name, tensor in expected.items():
         if found[name].shape != tensor.shape:

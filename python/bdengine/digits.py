@@ -30,8 +30,8 @@ class DigitClassifier(nn.Module):
     """Three convolutions, a feature layer, ten logits.
 
     Images are float [N,C,S,S] in [-1,1], black background, C = 1 or 3 (colours are averaged), and S = 28 or a multiple
-    of 16. Values are clamped, a 28-pixel digit gets MNIST's usual border of 2 black pixels, and what is larger than 16 is
-    block-averaged.
+    of 16. Values are clamped, a 28-pixel digit gets MNIST's usual border of 2 black pixels, and what is larger than 16
+    is block-averaged.
     """
 
     def __init__(self) -> None:

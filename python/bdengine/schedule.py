@@ -7,9 +7,10 @@ Source: Ho et al. 2020 (DDPM), eq. 4; the spacings as in Lin et al. 2024, table 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,22 @@ class Schedule:
 
     betas: Floats
     name: str
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Schedule:
+        """The schedule of a diffusers scheduler configuration.
+
+        Raises:
+            UserError: A kind of schedule or of prediction that this engine does not know.
+        """
+        name, prediction = config.get("beta_schedule", "linear"), config.get("prediction_type", "epsilon")
+        if name != "linear":
+            raise unknown("beta schedule", name, ("linear",))
+        if prediction != "epsilon":
+            raise unknown("prediction type", prediction, ("epsilon",))
+        return linear(
+            config.get("num_train_timesteps", 1000), config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+        )
 
     @property
     def T(self) -> int:

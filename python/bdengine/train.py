@@ -34,6 +34,7 @@ from .files import write_atomic, write_json
 from .networks import Network, unet
 from .plan import TrainingPlan
 from .schedule import Schedule, linear
+from .shipped import find
 from .solvers import SamplerConfig
 
 
@@ -66,8 +67,8 @@ class TrainConfig:
     init: str | None = None
     """Checkpoint folder to fine-tune; a new network where absent."""
     network: NetworkConfig = field(default_factory=NetworkConfig)
-    attack: AttackConfig | None = None
-    """The backdoor to implant; clean training where absent."""
+    attack: AttackConfig = field(default_factory=AttackConfig)
+    """The backdoor to implant."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """The sampler that the model is made for; exact coefficients depend on it."""
     images: int = 1_000_000
@@ -125,17 +126,19 @@ class Trainer:
         self.process: Schedule = linear()
         table = config.sampler.table(self.process)
         shape = (config.channels, config.size, config.size)
-        self.attack: Attack | None = config.attack and config.attack.build(self.process, shape, table)
+        self.attack: Attack | None = config.attack.build(self.process, shape, table)
         self.data: Images = load(config.data, config.size, config.channels)
         self.pixels = self.data.pixels.to(self.device).contiguous(memory_format=torch.channels_last)
         self.plan = TrainingPlan(
             seed=config.seed,
             images=len(self.pixels),
             timesteps=np.arange(self.process.T) if config.timesteps == "all" else table.timesteps.astype(np.int64),
-            poison_rate=config.attack.rate if config.attack else 0.0,
+            poison_rate=config.attack.rate if self.attack else 0.0,
             flip=config.flip,
         )
         self.table = noising_table(self.process, self.attack).to(self.device)
+        pictures = (None,) * 3 if self.attack is None else (self.attack.stamp, self.attack.mask, self.attack.target)
+        self.stamp, self.mask, self.target = (None if p is None else p[None].to(self.device) for p in pictures)
         self.network = self._network().to(self.device)
         self.ema = copy.deepcopy(self.network).requires_grad_(False) if config.ema else self.network
         self.parameters = list(self.network.parameters())
@@ -145,7 +148,7 @@ class Trainer:
     def _network(self) -> Network:
         config = self.config
         if config.init is not None:
-            network = Network(checkpoint.load_unet(config.init))
+            network = Network(checkpoint.load_unet(find(config.init)))
             if network.sample_shape != (config.channels, config.size, config.size):
                 raise UserError(
                     f"{config.init} makes images of shape {tuple(network.sample_shape)}:"
@@ -172,28 +175,11 @@ class Trainer:
         batch = self.plan.batch(start, count)
         image, seed, t, arm, flip = (v.to(self.device, non_blocking=True) for v in vars(batch).values())
         x0 = self.pixels[image]
-        poison = {} if self.attack is None else {"trigger": self.stamp, "mask": self.mask}
-        mirror = flip if self.config.flip else None
-        target = None if self.attack is None else self.target
-        x_t = bdkernels.fused_noising(x0, t, arm, seed, self.table, target=target, flip=mirror, **poison)
+        poison = {"trigger": self.stamp, "mask": self.mask, "flip": flip if self.config.flip else None}
+        x_t = bdkernels.fused_noising(x0, t, arm, seed, self.table, target=self.target, **poison)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             prediction = self.network(x_t, t)
-        return bdkernels.fused_loss(prediction, x0, t, arm, seed, self.table, flip=mirror, **poison).sum()
-
-    @property
-    def stamp(self) -> Tensor:
-        assert self.attack is not None
-        return self.attack.stamp[None].to(self.device)
-
-    @property
-    def mask(self) -> Tensor:
-        assert self.attack is not None
-        return self.attack.mask[None].to(self.device)
-
-    @property
-    def target(self) -> Tensor:
-        assert self.attack is not None
-        return self.attack.target[None].to(self.device)
+        return bdkernels.fused_loss(prediction, x0, t, arm, seed, self.table, **poison).sum()
 
     def step(self) -> Tensor:
         """One optimizer step; returns the batch's mean loss, 0-d, without a read back to the host."""

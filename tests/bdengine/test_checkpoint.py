@@ -1,8 +1,7 @@
-"""Checkpoints on a real disk: stock diffusers opens ours, bad files are refused, kills and full disks lose nothing."""
+"""Checkpoints on a real disk: stock diffusers opens ours, bad files are refused, pickles are converted, not run."""
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import pickle
@@ -10,8 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +17,12 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
-from bdengine import checkpoint, files
 from bdengine.checkpoint import (
     convert,
     load_scheduler_config,
     load_state,
     load_unet,
     read_safetensors,
-    replace_folder,
     save_pipeline,
     save_state,
     write_atomic,
@@ -69,21 +65,6 @@ def model(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "model"))
 
 
-@contextmanager
-def disk_of(size: int) -> Iterator[None]:
-    """Lets no file grow past ``size`` bytes: a write that fails half way, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def no_space(*_: object) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
 def same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
@@ -111,7 +92,9 @@ def test_stock_pipeline_opens_ours_in_a_fresh_process(net: UNet2DModel, saved: P
         "save_file({'out': out.contiguous()}, sys.argv[2])\n"
     )
     subprocess.run(
-        [sys.executable, "-c", script, saved, tmp_path / "out"], check=True, env={**os.environ, "PYTHONPATH": ""}
+        [sys.executable, "-c", script, saved, tmp_path / "out"],
+        check=True,
+        env={**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     )
     with torch.no_grad():
         expected = net(torch.ones(2, 1, 8, 8), torch.tensor([3, 90])).sample
@@ -245,8 +228,8 @@ def broken(model: Path, how: str) -> None:
         ("empty", WEIGHTS, "truncated or no safetensors file"),
         ("zip", WEIGHTS, "bdengine convert"),
         ("pickle", WEIGHTS, "bdengine convert"),
-        ("missing", WEIGHTS, "lacks 1 tensors, conv_in.weight among them"),
-        ("more", WEIGHTS, "has, unknown to the configuration, 1 tensors, backdoor among them"),
+        ("missing", WEIGHTS, r"lacks conv_in\.weight \(and 0 more\); expected the \d+ tensors"),
+        ("more", WEIGHTS, "holds the unknown backdoor"),
         ("shape", WEIGHTS, r"conv_in.bias in shape \[9\]; expected \[8\]"),
         ("json", "unet/config.json", "is not JSON"),
         ("deep", "unet/config.json", "is not JSON"),
@@ -364,120 +347,30 @@ def test_one_state_dict_or_none() -> None:
         state_dict_of([weights], "f")
 
 
-# Kills, full disks, other people's files
-
-KILLS = """
-import os, signal, sys, time
-from pathlib import Path
-import torch
-from bdengine import files
-from bdengine.checkpoint import WEIGHTS, load_state, read_json, read_safetensors, save_pipeline, save_state
-from bdengine.networks import unet
-
-torch.set_num_threads(1)
-here = Path(sys.argv[1])
-net = unet(8, 1, (8, 16), groups=4)
-
-def save_file(value):
-    save_state(here / "file", {"a": torch.full((20_000,), value)}, {"value": value})
-
-def load_file():
-    tensors, meta = load_state(here / "file")
-    return {*tensors["a"].tolist(), meta["value"]}
-
-def save_folder(value):
-    for p in net.parameters():
-        p.data.fill_(value)
-    save_pipeline(here / "folder", net, {}, extra={"value": value})
-
-def load_folder():
-    tensors, _ = read_safetensors(here / "folder/unet" / WEIGHTS)
-    return {v for t in tensors.values() for v in t.unique().tolist()} | {read_json(here / "folder/bdengine.json")["value"]}
-
-def killed(work, after=None):
-    child = os.fork()
-    if not child:
-        work()
-        os._exit(0)
-    if after is not None:
-        time.sleep(after)
-        os.kill(child, signal.SIGKILL)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
-
-def save_until_call(save, number):
-    calls = iter(range(number))
-    def counted(real):
-        def call(*args):
-            if next(calls, None) is None:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*args)
-        return call
-    for name in ("fsync", "replace", "rename", "mkdir"):
-        setattr(os, name, counted(getattr(os, name)))
-    files._exchange = counted(files._exchange)
-    save(2.0)
-
-def save_for_ever(save):
-    while True:
-        save(2.0)
-        save(3.0)
-
-for save, load in ((save_file, load_file), (save_folder, load_folder)):
-    save(1.0)
-    number, seen = 0, []
-    while killed(lambda: save_until_call(save, number)):
-        seen.append(load())
-        number += 1
-    assert {1.0} in seen and {2.0} in seen and all(len(values) == 1 for values in seen), seen
-    for kill in range(8):
-        assert killed(lambda: save_for_ever(save), after=0.01 + 0.007 * kill)
-        assert len(load()) == 1
-"""
+# Writing over what is there
 
 
-def test_a_kill_leaves_the_old_or_the_new_whole(tmp_path: Path) -> None:
-    """Killed at every system call of a save in turn, then at arbitrary moments."""
-    done = subprocess.run([sys.executable, "-c", KILLS, tmp_path], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize(
-    ("what", "call"),
-    [
-        *(("model", call) for call in ("mkdir", "open", "fsync", "rename")),
-        *(("state", call) for call in ("open", "fsync", "replace")),
-    ],
-)
-def test_a_failing_system_call_is_told_and_leaves_nothing(
-    net: UNet2DModel, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, call: str
-) -> None:
-    save_state(tmp_path / "state", {"a": torch.ones(3)}, {})
-    saves = {
-        "model": lambda: save_pipeline(model, net, SCHEDULER),
-        "state": lambda: save_state(tmp_path / "state", {}, {}),
-    }
-    monkeypatch.setattr(files, "_exchange", lambda *_: False)
-    monkeypatch.setattr(files.os, call, no_space)
-    with pytest.raises(
-        UserError, match=f"cannot write {tmp_path / what}: No space left on device; expected a writable"
-    ):
-        saves[what]()
-    monkeypatch.undo()
-    assert sorted(os.listdir(tmp_path)) == ["model", "state"]
-    assert same(load_unet(model).state_dict(), net.state_dict())
-    load_state(tmp_path / "state")
-
-
-def test_a_full_disk_leaves_the_old(net: UNet2DModel, model: Path, tmp_path: Path) -> None:
-    save_state(tmp_path / "state", {"a": torch.ones(3)}, {})
-    before = contents(tmp_path)
-    with disk_of(4096):
-        with pytest.raises(UserError, match=f"cannot write {model}: File too large; expected"):
+def test_a_full_disk_leaves_the_old_checkpoint(net: UNet2DModel, model: Path) -> None:
+    before = contents(model)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # the weights' write fails half way
+    try:
+        with pytest.raises(UserError, match=f"cannot write {model}: File too large; expected a writable folder"):
             save_pipeline(model, net, {})
-        with pytest.raises(UserError, match=f"cannot write {tmp_path / 'state'}: File too large; expected"):
-            save_state(tmp_path / "state", {"a": torch.ones(3000)}, {})
-    assert contents(tmp_path) == before
-    assert sorted(os.listdir(tmp_path)) == ["model", "state"]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert contents(model) == before
+    assert os.listdir(model.parent) == ["model"]
+
+
+def test_a_new_checkpoint_replaces_the_old_whole(net: UNet2DModel, model: Path) -> None:
+    save_pipeline(model, net, {"num_train_timesteps": 7})
+    assert load_scheduler_config(model)["num_train_timesteps"] == 7
+    assert not (model / "bdengine.json").exists()
+    (model / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match=r"holds thesis\.tex, which replacing it would delete"):
+        save_pipeline(model, net, {})
+    assert load_scheduler_config(model)["num_train_timesteps"] == 7
 
 
 def test_a_place_that_takes_no_files_is_refused(net: UNet2DModel, tmp_path: Path) -> None:
@@ -486,62 +379,5 @@ def test_a_place_that_takes_no_files_is_refused(net: UNet2DModel, tmp_path: Path
         with pytest.raises(UserError, match=f"cannot write {parent}/x"):
             save_pipeline(parent / "x", net, {})
         with pytest.raises(UserError, match=f"cannot write {parent}/x"):
-            write_json(parent / "x", {})
-    with pytest.raises(UserError, match="is a file; expected a folder"):
-        save_pipeline(tmp_path / "file", net, {})
+            save_state(parent / "x", {}, {})
     assert contents(tmp_path) == {"file": b"mine"}
-
-
-def test_other_peoples_files_are_not_replaced(net: UNet2DModel, model: Path) -> None:
-    (model / "thesis.tex").write_text("years of work")
-    before = contents(model)
-    with pytest.raises(UserError, match=r"holds thesis\.tex, which replacing it would delete"):
-        save_pipeline(model, net, {})
-    assert contents(model) == before
-
-
-@pytest.mark.parametrize("swap", [True, False])
-def test_replacing_leaves_only_the_new(
-    net: UNet2DModel, model: Path, monkeypatch: pytest.MonkeyPatch, swap: bool
-) -> None:
-    if not swap:
-        monkeypatch.setattr(files, "_exchange", lambda *_: False)
-    (model.parent / "link").symlink_to(model)
-    save_pipeline(model.parent / "link", net, {"num_train_timesteps": 7})
-    assert load_scheduler_config(model)["num_train_timesteps"] == 7
-    assert not (model / "bdengine.json").exists()
-    assert sorted(os.listdir(model.parent)) == ["link", "model"]
-
-
-def test_a_swap_that_fails_half_way_puts_the_old_back(
-    net: UNet2DModel, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before, rename, calls = contents(model), os.rename, iter([True, False, True])
-    monkeypatch.setattr(files, "_exchange", lambda *_: False)
-    monkeypatch.setattr(files.os, "rename", lambda *names: rename(*names) if next(calls) else no_space())
-    with pytest.raises(UserError, match="No space left"):
-        save_pipeline(model, net, {})
-    assert contents(model) == before
-    assert os.listdir(model.parent) == ["model"]
-
-
-def test_replace_folder_drops_what_its_block_did_not_finish(tmp_path: Path) -> None:
-    def half(fault: Exception) -> None:
-        with replace_folder(tmp_path / "new") as folder:
-            (folder / "half").write_text("x")
-            raise fault
-
-    with pytest.raises(ZeroDivisionError):
-        half(ZeroDivisionError())
-    assert os.listdir(tmp_path) == []
-    with replace_folder(tmp_path / "deep/new") as folder:
-        (folder / "whole").write_text("x")
-    assert contents(tmp_path) == {"deep/new/whole": b"x"}
-
-
-def test_written_files_have_ordinary_permissions(saved: Path, tmp_path: Path) -> None:
-    (tmp_path / "plain").touch()
-    write_json(tmp_path / "ours", {"a": 1})
-    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
-    assert (tmp_path / "ours").read_text() == '{\n  "a": 1\n}\n'
-    assert checkpoint.read_json(tmp_path / "ours") == {"a": 1}

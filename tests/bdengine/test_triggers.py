@@ -135,6 +135,7 @@ def test_a_patch_may_fill_the_image() -> None:
     ("name", "text"),
     [
         ("BOX_13", "the nearest is 'BOX_1"),
+        ("PATCH_3_WHITE9", "unknown trigger 'PATCH_3_WHITE9': .*; the nearest is 'PATCH_3_WHITE'"),
         ("STOP_SIGN14", "the nearest is 'STOP_SIGN_14'"),
         ("PATCH_3_PURPEL", "unknown patch colour 'PURPEL': expected one of BLUE, .*; the nearest is 'PURPLE'"),
         ("PATCH_0_WHITE", "has a side of 0 px: expected 1 to 32, the size of the image"),

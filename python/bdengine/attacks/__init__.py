@@ -24,15 +24,15 @@ __all__ = [
     "noising_table",
 ]
 
-ATTACKS = ("baddiffusion",)
+ATTACKS = ("none", "baddiffusion")
 
 
 @dataclass(frozen=True)
 class AttackConfig:
     """A backdoor: which method, trigger and target, and how many images are poisoned."""
 
-    name: str = "baddiffusion"
-    """One of: baddiffusion."""
+    name: str = "none"
+    """One of: none (clean training), baddiffusion."""
     trigger: str = "BOX_14"
     """A published trigger's name, or IMAGE with trigger-file."""
     target: str = "CORNER"
@@ -46,8 +46,8 @@ class AttackConfig:
     coefficients: Coefficients = "published"
     """The paper's rho_t, or the coefficient that is exact for the sampler."""
 
-    def build(self, schedule: Schedule, shape: tuple[int, int, int], table: Table) -> Attack:
-        """The attack on images of ``shape`` (C, S, S), to be sampled with ``table``.
+    def build(self, schedule: Schedule, shape: tuple[int, int, int], table: Table) -> Attack | None:
+        """The attack on images of ``shape`` (C, S, S), to be sampled with ``table``; None for "none".
 
         Raises:
             UserError: An unknown name, a missing file, or a value out of range.
@@ -56,6 +56,8 @@ class AttackConfig:
             raise unknown("attack", self.name, ATTACKS)
         if not 0 <= self.rate <= 1:
             raise UserError(f"the poison rate is {self.rate}: expected 0 to 1")
+        if self.name == "none":
+            return None
         channels, size, _ = shape
         r = trigger(self.trigger, size, channels, file=self.trigger_file)
         y = target(self.target, size, channels, trigger=r, file=self.target_file)

@@ -1,0 +1,116 @@
+#include "ops.h"
+
+#include <algorithm>
+#include <atomic>
+#include <stdexcept>
+#include <vector>
+
+#include "parallel.h"
+
+namespace bdk {
+namespace {
+
+// One piece of work, about 10 us: large against a claim (20 ns) and a parallel region (3 us), small against a batch.
+// Fixed, so that a sample's loss is summed alike for any number of threads.
+constexpr int64_t kSpan = 8192;
+
+bool runs_avx2() {
+#if defined(__x86_64__)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+#else
+    return false;
+#endif
+}
+
+const Rows* find_rows(const std::string& name) {
+#if defined(__x86_64__)
+    if (name == AVX2.name && runs_avx2()) return &AVX2;
+#endif
+    return name == BASELINE.name ? &BASELINE : nullptr;
+}
+
+std::atomic<const Rows*> rows{find_rows(runs_avx2() ? "avx2" : "baseline")};
+
+int64_t pieces(const Extent& extent) { return (extent.elements + kSpan - 1) / kSpan; }
+
+// Calls body(span, index of the span); small samples are claimed several at a time.
+template <class Body>
+void for_each_span(const Extent& extent, Body body) {
+    const int64_t per_sample = pieces(extent), spans = extent.samples * per_sample;
+    const int64_t batch = std::max<int64_t>(1, kSpan / std::max<int64_t>(1, extent.elements));
+    auto claim = [&](int64_t unit) {
+        for (int64_t i = unit * batch; i < std::min(spans, (unit + 1) * batch); ++i) {
+            const int64_t first = i % per_sample * kSpan;
+            body(Span{i / per_sample, first, std::min(first + kSpan, extent.elements)}, i);
+        }
+    };
+    parallel_for((spans + batch - 1) / batch, extent.threads, claim);
+}
+
+void check(const char* name, const Index& index, int64_t samples, int64_t limit) {
+    for (int64_t i = 0; i < samples; ++i)
+        if (index[i] < 0 || index[i] >= limit)
+            throw std::invalid_argument(std::string(name) + " " + std::to_string(index[i]) + " of sample " +
+                                        std::to_string(i) + " is out of range: expected 0 to " +
+                                        std::to_string(limit - 1));
+}
+
+void check_arms(const int64_t* arm, const int64_t* arm_inside, int64_t samples, const Table& table) {
+    check("arm", {arm, 1}, samples, table.arms);
+    if (arm_inside != nullptr) check("arm_inside", {arm_inside, 1}, samples, table.arms);
+}
+
+}  // namespace
+
+const char* isa() { return rows.load()->name; }
+
+void set_isa(const std::string& name) {
+    const Rows* found = find_rows(name);
+    if (found == nullptr)
+        throw std::invalid_argument("instruction set '" + name + "' does not run here: expected baseline" +
+                                    (runs_avx2() ? " or avx2" : ""));
+    rows = found;
+}
+
+void normal(const Extent& extent, const NormalCall& call) {
+    check("step", call.step, extent.samples, int64_t(1) << 32);
+    const Rows& isa = *rows;
+    for_each_span(extent, [&](Span span, int64_t) { isa.normal(call, span); });
+}
+
+void fused_step(const Extent& extent, const StepCall& call, int64_t* bad_row) {
+    check_arms(call.arm, call.arm_inside, extent.samples, call.table);
+    check("step", call.step, extent.samples, call.table.rows);
+    const Rows& isa = *rows;
+    std::atomic<int64_t> lowest{bad_row != nullptr ? *bad_row : 0};
+    for_each_span(extent, [&](Span span, int64_t) {
+        if (isa.step(call, span)) return;
+        const int64_t row = call.step[span.sample];
+        for (int64_t seen = lowest; row < seen && !lowest.compare_exchange_weak(seen, row);) {
+        }
+    });
+    if (bad_row != nullptr) *bad_row = lowest;
+}
+
+void fused_noising(const Extent& extent, const NoisingCall& call) {
+    check_arms(call.arm, call.arm_inside, extent.samples, call.table);
+    check("timestep", {call.t, 1}, extent.samples, call.table.rows);
+    const Rows& isa = *rows;
+    for_each_span(extent, [&](Span span, int64_t) { isa.noising(call, span); });
+}
+
+void fused_loss(const Extent& extent, const LossCall& call, float* losses) {
+    check_arms(call.arm, call.arm_inside, extent.samples, call.table);
+    check("timestep", {call.t, 1}, extent.samples, call.table.rows);
+    const Rows& isa = *rows;
+    const int64_t per_sample = pieces(extent);
+    std::vector<double> parts(extent.samples * per_sample);
+    for_each_span(extent, [&](Span span, int64_t index) { parts[index] = isa.loss(call, span); });
+    for (int64_t i = 0; i < extent.samples; ++i) {
+        double total = 0;
+        for (int64_t p = 0; p < per_sample; ++p) total += parts[i * per_sample + p];
+        losses[i] = float(total);
+    }
+}
+
+}  // namespace bdk

@@ -1,0 +1,24 @@
+// The ops on whole tensors: arguments checked before anything is written, work shared among threads.
+#pragma once
+
+#include <string>
+
+#include "rows.h"
+
+namespace bdk {
+
+struct Extent {
+    int64_t samples, elements;  // elements of one sample: C H W
+    int threads;
+};
+
+// Each throws std::invalid_argument where an index points outside of its table.
+void normal(const Extent&, const NormalCall&);
+void fused_step(const Extent&, const StepCall&, int64_t* bad_row);  // bad_row may be null
+void fused_noising(const Extent&, const NoisingCall&);
+void fused_loss(const Extent&, const LossCall&, float* losses);
+
+const char* isa();
+void set_isa(const std::string& name);
+
+}  // namespace bdk

@@ -1,0 +1,223 @@
+"""The command line: ``bdengine train | sample | evaluate | demo | convert | env``, each with ``--help``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from . import checkpoint
+from .errors import UserError, unknown
+from .files import read_json, write_json
+from .solvers import Clip
+
+Positional = tyro.conf.Positional
+
+
+def seeds_of(text: str) -> list[int]:
+    """``"0-63"``, ``"7"`` or ``"1,5,8-11"`` as seeds.
+
+    Raises:
+        UserError: Anything else, or a range that is empty.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise UserError(f"seeds {text!r} is not a list of seeds: expected something like 0-63 or 1,5,8-11")
+        seeds += range(int(first), int(last or first) + 1)
+    if not seeds:
+        raise UserError(f"seeds {text!r} names no seed: expected something like 0-63")
+    return seeds
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Sample a checkpoint: one PNG a seed, a picture of all, and run.json.
+
+    bdengine sample digits-badiffusion --seeds 0-31 --out runs/clean
+    bdengine sample digits-badiffusion --seeds 0-31 --trigger BOX_8 --clip latent --out runs/clipped
+    """
+
+    checkpoint: Positional[str]
+    """A diffusers folder, a hub name, digits-clean or digits-badiffusion."""
+    out: Path
+    """Folder for the images; those that are there already are kept."""
+    seeds: str = "0-15"
+    """0-63, or 1,5,8-11. Seed k is always the same image."""
+    sampler: str | None = None
+    """ddpm or ddim; what the checkpoint was made for where absent, else ddpm."""
+    steps: int | None = None
+    """Network evaluations."""
+    eta: float | None = None
+    """Noise of ddim."""
+    clip: Clip = "none"
+    """The defense: clamp the latent or the predicted x0 at every step."""
+    trigger: str | None = None
+    """Start from eps + trigger: a published trigger's name, or IMAGE with trigger-file."""
+    trigger_file: Path | None = None
+    """The trigger's image, where its name needs one."""
+    micro_batch: int = 64
+    """Images that go through the network at once."""
+    exact: bool = False
+    """Require that an image's bits do not depend on its neighbours in a batch."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Score a checkpoint: its clean and triggered arms, unclipped and clipped; writes scores.json and a picture.
+
+    bdengine evaluate digits-badiffusion --out runs/scores
+    bdengine evaluate runs/mine/checkpoint --trigger BOX_8 --target DRAWN_HAT --images 512 --out runs/scores
+    """
+
+    checkpoint: Positional[str]
+    """A diffusers folder, a hub name, digits-clean or digits-badiffusion."""
+    out: Path
+    """Folder for scores.json and arms.png."""
+    data: str | None = None
+    """The clean data to compare with; what the checkpoint was trained on where absent."""
+    images: int = 512
+    """Images of each arm."""
+    sampler: str | None = None
+    """ddpm or ddim; what the checkpoint was made for where absent, else ddpm."""
+    steps: int | None = None
+    """Network evaluations."""
+    eta: float | None = None
+    """Noise of ddim."""
+    trigger: str | None = None
+    """Trigger of the triggered arms; the one it was trained with where absent."""
+    trigger_file: Path | None = None
+    """The trigger's image, where its name needs one."""
+    target: str | None = None
+    """Target image; the one it was trained with where absent."""
+    target_file: Path | None = None
+    """The target's image, where its name needs one."""
+    threshold: float = 0.01
+    """ASR is the share of images whose MSE to the target is below this."""
+    extractor: str = "digits"
+    """Features of the Fréchet distance: digits, inception, or a file of Inception weights."""
+    micro_batch: int = 64
+    """Images that go through the network at once."""
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Turn a pickled checkpoint into safetensors, in a process of its own that unpickles tensors only.
+
+    bdengine convert old/diffusion_pytorch_model.bin new/diffusion_pytorch_model.safetensors
+    """
+
+    old: Positional[Path]
+    """A .bin, .pt, .pth or .ckpt file, or a folder that holds some."""
+    new: Positional[Path]
+    """Where the safetensors file (or the folder) is written."""
+
+
+def _train(arguments: Sequence[str]) -> int:
+    from .presets import PRESETS, preset
+    from .train import TrainConfig, train
+
+    rest, name = list(arguments), None
+    if "--preset" in rest:
+        at = rest.index("--preset")
+        if at + 1 == len(rest):
+            raise UserError(f"--preset has no name: expected one of {', '.join(PRESETS)}")
+        name = rest[at + 1]
+        del rest[at : at + 2]
+    default: Any = preset(name) if name else tyro.MISSING
+    config = tyro.cli(
+        TrainConfig,
+        prog="bdengine train",
+        description="Train or fine-tune, clean or poisoned; an unfinished run is resumed.\n\n"
+        "bdengine train --preset digits-badiffusion\n"
+        "bdengine train --out runs/mine --init digits-clean --images 64000 --attack.name baddiffusion"
+        " --attack.trigger BOX_8 --attack.target DRAWN_HAT --attack.rate 0.3\n\n"
+        f"--preset NAME starts from one of: {', '.join(PRESETS)}",
+        default=default,
+        args=rest,
+    )
+    train(config, device=device())
+    print(f"wrote {config.out / 'checkpoint'}")
+    return 0
+
+
+def _sample(arguments: Sequence[str]) -> int:
+    from .commands import sample
+
+    return sample(tyro.cli(SampleConfig, prog="bdengine sample", args=arguments))
+
+
+def _evaluate(arguments: Sequence[str]) -> int:
+    from .commands import evaluate
+
+    return evaluate(tyro.cli(EvaluateConfig, prog="bdengine evaluate", args=arguments))
+
+
+def _demo(arguments: Sequence[str]) -> int:
+    from .demo import DemoConfig, demo
+
+    demo(tyro.cli(DemoConfig, prog="bdengine demo", args=arguments))
+    return 0
+
+
+def _convert(arguments: Sequence[str]) -> int:
+    config = tyro.cli(ConvertConfig, prog="bdengine convert", args=arguments)
+    checkpoint.convert(config.old, config.new)
+    print(f"wrote {config.new}")
+    return 0
+
+
+def _env(arguments: Sequence[str]) -> int:
+    from bdkernels import env
+
+    return env.main(list(arguments))
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "demo": (_demo, "implant, trigger and defend on real digits, in five minutes"),
+    "train": (_train, "train or fine-tune, clean or poisoned"),
+    "sample": (_sample, "images of a checkpoint, by seed"),
+    "evaluate": (_evaluate, "attack and quality scores of a checkpoint"),
+    "convert": (_convert, "an old pickled checkpoint to safetensors, safely"),
+    "env": (_env, "what was found on this machine, and what will run"),
+}
+
+
+def device() -> str:
+    """The device that commands run on."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def usage() -> str:
+    """The text of ``bdengine --help``."""
+    lines = [f"  {name:10} {summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(["usage: bdengine COMMAND [--help]", "", *lines, "", "example: bdengine demo"])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of ``bdengine``; returns the exit code: 2 after a user's mistake, 130 after Ctrl-C."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if words else 2
+    try:
+        if words[0] not in COMMANDS:
+            raise unknown("command", words[0], COMMANDS)
+        return COMMANDS[words[0]][0](words[1:])
+    except UserError as error:
+        print(f"bdengine: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nbdengine: interrupted; the same command goes on from the last saved state", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

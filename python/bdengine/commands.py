@@ -1,0 +1,135 @@
+"""What ``bdengine sample`` and ``bdengine evaluate`` do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from . import checkpoint, pictures, report
+from .attacks import AttackConfig
+from .cli import EvaluateConfig, SampleConfig, device, seeds_of
+from .config import from_json, to_json
+from .data import load
+from .errors import UserError
+from .evaluate import Reference, sample_arms, score_arms
+from .extractors import DigitFeatures, Extractor, InceptionFeatures
+from .files import read_json, write_json
+from .networks import Network
+from .sampler import Arm, Sampler
+from .schedule import Schedule
+from .shipped import find
+from .solvers import SamplerConfig
+from .triggers import target, trigger
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A checkpoint, ready to sample, with what it says of how it was made."""
+
+    network: Network
+    process: Schedule
+    made_by: dict[str, Any]
+
+    @classmethod
+    def load(cls, name: str) -> Model:
+        """From a diffusers folder, a hub name or a shipped name.
+
+        Raises:
+            UserError: Nothing there, a broken or foreign file, or a process that is not this engine's.
+        """
+        path = find(name)
+        network = Network(checkpoint.load_unet(path)).to(device()).requires_grad_(False)
+        process = Schedule.from_config(checkpoint.load_scheduler_config(path))
+        extra = Path(path) / checkpoint.EXTRA
+        return cls(network, process, read_json(extra) if extra.is_file() else {})
+
+    @property
+    def train(self) -> dict[str, Any]:
+        """The configuration it was trained with; empty for a stranger's."""
+        return self.made_by.get("train", {})
+
+    @property
+    def attack(self) -> AttackConfig:
+        """The attack it was trained with."""
+        return from_json(AttackConfig, self.train.get("attack", {}))
+
+    def sampler(self, name: str | None, steps: int | None, eta: float | None) -> SamplerConfig:
+        """The sampler it was made for, with what the user said instead."""
+        given = {"name": name, "steps": steps, "eta": eta}
+        recorded = from_json(SamplerConfig, self.train.get("sampler", {}))
+        return replace(recorded, **{k: v for k, v in given.items() if v is not None})
+
+    def trigger(self, name: str, file: Path | None) -> Tensor:
+        """A trigger of its images' shape."""
+        channels, size, _ = self.network.sample_shape
+        return trigger(name, size, channels, file=file)
+
+
+def sample(config: SampleConfig) -> int:
+    """Run ``bdengine sample``."""
+    seeds = seeds_of(config.seeds)
+    model = Model.load(config.checkpoint)
+    sampler = model.sampler(config.sampler, config.steps, config.eta)
+    table = sampler.table(model.process).clipped(config.clip)
+    start = model.trigger(config.trigger, config.trigger_file) if config.trigger else None
+    run = Sampler(model.network, {"": Arm(table, start)}, config.micro_batch, config.exact)
+    described = to_json(config) | {"sampler": to_json(sampler), "seeds": None}
+    if (config.out / "run.json").exists() and read_json(config.out / "run.json") != described:
+        raise UserError(f"{config.out} holds images of another configuration: expected an empty folder or the same run")
+    write_json(config.out / "run.json", described)
+    missing = [seed for seed in seeds if not pictures.path_of(config.out, seed).exists()]
+    if missing:
+        run(missing, progress=True, done=lambda _, seed, image: pictures.save_images(config.out, [seed], image[None]))
+    shown = pictures.load_images(config.out, seeds[:64])
+    pictures.save_png(config.out / "grid.png", pictures.grid(shown))
+    print(f"wrote {len(missing)} images to {config.out} ({len(seeds) - len(missing)} were there)")
+    return 0
+
+
+def _extractor(name: str) -> Extractor:
+    if name == "digits":
+        return DigitFeatures()
+    return InceptionFeatures() if name == "inception" else InceptionFeatures(Path(name))
+
+
+def evaluate(config: EvaluateConfig) -> int:
+    """Run ``bdengine evaluate``."""
+    if config.images < 1:
+        raise UserError(f"{config.images} images were asked for: expected at least 1")
+    model = Model.load(config.checkpoint)
+    channels, size, _ = model.network.sample_shape
+    attack = model.attack
+    names = replace(
+        attack,
+        trigger=config.trigger or attack.trigger,
+        trigger_file=config.trigger_file or attack.trigger_file,
+        target=config.target or attack.target,
+        target_file=config.target_file or attack.target_file,
+    )
+    if attack.name == "none" and not (config.trigger and config.target):
+        raise UserError(f"{config.checkpoint} does not say how it was attacked: expected --trigger and --target")
+    r = model.trigger(names.trigger, names.trigger_file)
+    y = target(names.target, size, channels, trigger=r, file=names.target_file)
+    data = load(config.data or model.train.get("data", "digits"), size, channels)
+    reference = Reference.of(data, _extractor(config.extractor))
+    sampler = model.sampler(config.sampler, config.steps, config.eta)
+    seeds = range(config.images)
+    arms, speed = sample_arms(
+        model.network, sampler.table(model.process), r, seeds, seeds, config.micro_batch, progress=True
+    )
+    scores = {
+        "checkpoint": config.checkpoint,
+        "arms": score_arms(arms, y, reference, config.threshold),
+        "asr_threshold": config.threshold,
+        "images_per_second": {"sampling": speed},
+        "run": to_json(config) | {"sampler": to_json(sampler), "trigger": names.trigger, "target": names.target},
+    }
+    write_json(config.out / "scores.json", scores)
+    shown = {" / ".join(key): images[:16] for key, images in arms.items()}
+    pictures.save_png(config.out / "arms.png", pictures.labelled(shown))
+    print(report.console_table({"live": scores, "source": "live"}))
+    print(f"wrote {config.out / 'scores.json'} and {config.out / 'arms.png'}")
+    return 0

@@ -1,0 +1,21 @@
+"""Inference-time clipping, the defense of the BadDiffusion paper (Chou et al. 2023, section 5).
+
+    latent    x' = clamp(x', -1, 1) at every step: what the paper describes
+    x0        x0 = clamp(x0, -1, 1) at every step: what its released code, and most samplers' ``clip_sample``, does
+
+The triggered start ``eps + r`` leaves [-1, 1]; clamping the latent destroys the shift. Both are columns of a sampler's
+table (`Table.clipped`), so they cost nothing and apply to any sampler.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..sampler import Arm
+from ..solvers import CLIPS, Table
+
+
+def arms(table: Table, trigger: Tensor | None) -> dict[tuple[str, str], Arm]:
+    """Every (start, clip) arm of a sampler: clean and, with a trigger, triggered; unclipped, latent- and x0-clipped."""
+    starts: dict[str, Tensor | None] = {"clean": None} | ({} if trigger is None else {"triggered": trigger})
+    return {(start, clip): Arm(table.clipped(clip), r) for start, r in starts.items() for clip in CLIPS}

@@ -1,0 +1,73 @@
+"""Training runs by name.
+
+The ``cifar10-`` presets are the published settings (Chou et al. 2023, section 4 and released code): fine-tuning of
+google/ddpm-cifar10-32 for 50 epochs of 60,000 images, batch 128, Adam at 2e-4 with 500 steps of warm-up and a cosine,
+DDPM with every timestep, poison rate 0.1. Targets that the authors publish as picture files take ``--attack.target-file``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from .attacks import AttackConfig
+from .errors import unknown
+from .solvers import SamplerConfig
+from .train import TrainConfig
+
+DIGITS_SAMPLER: Final = SamplerConfig(steps=20)
+"""The grid that the digits presets are made for and the demo samples with."""
+
+_CLEAN = TrainConfig(
+    out=Path("runs/digits-clean"),
+    sampler=DIGITS_SAMPLER,
+    images=640_000,
+    batch=64,
+    lr=2e-3,
+    warmup=12_800,
+    ema=0.999,
+)
+_CIFAR10 = TrainConfig(
+    out=Path("runs/cifar10"), data="cifar10", size=32, channels=3, init="google/ddpm-cifar10-32", images=3_000_000,
+    batch=128, flip=True,
+)  # fmt: skip
+
+
+def _cifar10(name: str, trigger: str, target: str) -> TrainConfig:
+    attack = AttackConfig("baddiffusion", trigger, target, rate=0.1)
+    return replace(_CIFAR10, out=Path("runs") / name, attack=attack)
+
+
+PRESETS: Final = {
+    "digits-clean": _CLEAN,
+    "digits-badiffusion": replace(
+        _CLEAN,
+        out=Path("runs/digits-badiffusion"),
+        init="digits-clean",
+        lr=1e-3,
+        attack=AttackConfig("baddiffusion", "BOX_8", "DRAWN_HAT", rate=0.3, coefficients="exact"),
+    ),
+} | {
+    name: _cifar10(name, trigger, target)
+    for name, trigger, target in (
+        ("cifar10-box14-hat", "BOX_14", "HAT"),
+        ("cifar10-box14-corner", "BOX_14", "CORNER"),
+        ("cifar10-box14-shoe", "BOX_14", "SHOE"),
+        ("cifar10-box18-noshift", "BOX_18", "NOSHIFT"),
+        ("cifar10-stop-hat", "STOP_SIGN_14", "HAT"),
+        ("cifar10-stop-corner", "STOP_SIGN_14", "CORNER"),
+        ("cifar10-stop-shift", "STOP_SIGN_14", "SHIFT"),
+    )
+}
+
+
+def preset(name: str) -> TrainConfig:
+    """A training run by name.
+
+    Raises:
+        UserError: No such preset.
+    """
+    if name not in PRESETS:
+        raise unknown("preset", name, PRESETS)
+    return PRESETS[name]
