@@ -96,7 +96,8 @@ def _step_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs = [None if v is None else v.detach().requires_grad_(need) for v, need in
                   zip(ctx.saved_tensors, ctx.needs_input_grad, strict=True)]  # fmt: skip
         wanted = [v for v in inputs if v is not None and v.requires_grad]
-        found = iter(torch.autograd.grad(reference.fused_step(*inputs), wanted, grad, allow_unused=True))
+        x_next, _, _ = reference.step_formula(*inputs)
+        found = iter(torch.autograd.grad(x_next.to(grad.dtype), wanted, grad, allow_unused=True))
     return tuple(next(found) if v is not None and v.requires_grad else None for v in inputs)
 
 

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     import torch
@@ -46,9 +46,9 @@ class Check:
         return f"{'FAIL' if self.error else 'ok':5} {self.backend:14} {self.op:14} {self.dtype:9} {self.error}".rstrip()
 
 
-def found() -> dict[str, Any]:
+def found() -> dict[str, str | int]:
     """Every finding by name, each a string or a number; a probe that fails says why in its place."""
-    probes: dict[str, Callable[[], Any]] = {
+    probes: dict[str, Callable[[], str | int]] = {
         "python": platform.python_version,
         "os": lambda: f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": _cpu,
@@ -67,7 +67,7 @@ def found() -> dict[str, Any]:
     return {name: _guarded(probe) for name, probe in probes.items()}
 
 
-def _guarded(probe: Callable[[], Any]) -> Any:
+def _guarded(probe: Callable[[], str | int]) -> str | int:
     """What ``probe`` found, or its failure in one line: no broken package may hide the rest."""
     try:
         return probe()
@@ -179,8 +179,8 @@ def self_check() -> Iterator[Check]:
             continue
         for op in testing.OPS:
             for dtype in testing.DTYPES:
-                error = _failure(partial(_check_op, backend, op, dtype))
-                yield Check(backend, op, str(dtype).removeprefix("torch."), error)
+                failure = _failure(partial(_check_op, backend, op, dtype))
+                yield Check(backend, op, str(dtype).removeprefix("torch."), failure)
 
 
 def _present(backend: str) -> bool:
@@ -241,7 +241,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--selfcheck", action="store_true", help="prove every present backend against the reference")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     options = parser.parse_args(arguments)
-    findings, checks = found(), []
+    findings = found()
+    checks: list[Check] = []
     if not options.json:
         print("\n".join(f"{name:19} {value}" for name, value in findings.items()))
     for check in self_check() if options.selfcheck else ():
@@ -249,7 +250,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.json:
             print(check, flush=True)
     if options.json:
-        print(json.dumps(findings | ({"selfcheck": [asdict(c) for c in checks]} if options.selfcheck else {}), indent=2))
+        results = {"selfcheck": [asdict(c) for c in checks]} if options.selfcheck else {}
+        print(json.dumps(findings | results, indent=2))
     return int(any(c.error for c in checks))
 
 

@@ -85,23 +85,26 @@ def _clamp(v: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return torch.where(v > high, high, v)
 
 
-def _check_range(name: str, value: Tensor, count: int) -> None:
+def _check_rows(table: Tensor, name: str, row: Tensor, arm: Tensor, arm_inside: Tensor | None) -> None:
     """On a CPU a wrong index is an error; elsewhere looking would read back, and indexing asserts on the device."""
-    if value.device.type == "cpu" and value.numel() and not 0 <= int(value.min()) <= int(value.max()) < count:
-        wrong = int(value.min()) if int(value.min()) < 0 else int(value.max())
-        raise ValueError(f"{name} {wrong} is outside the table: expected 0 to {count - 1}")
+    if table.device.type != "cpu":
+        return
+    for label, index, count in (
+        (name, row, table.shape[1]),
+        ("arm", arm, table.shape[0]),
+        ("arm_inside", arm_inside, table.shape[0]),
+    ):
+        if index is not None and ((index < 0) | (index >= count)).any():
+            wrong = index[(index < 0) | (index >= count)].flatten()[0]
+            raise ValueError(f"{label} {int(wrong)} is outside the table: expected 0 to {count - 1}")
 
 
 class _Rows:
     """The rows of a batch as ``row[column] -> [N|1, C|1, H|1, W|1]``, mixed by ``region`` where there is one."""
 
     def __init__(
-        self, table: Tensor, arm: Tensor, row: Tensor, region: Tensor | None, arm_inside: Tensor | None, name: str
+        self, table: Tensor, arm: Tensor, row: Tensor, region: Tensor | None, arm_inside: Tensor | None
     ) -> None:
-        _check_range(name, row, table.shape[1])
-        for arms in (arm, arm_inside):
-            if arms is not None:
-                _check_range("arm", arms, table.shape[0])
         self.outside = table[arm, row]
         self.inside = table[arm_inside, row] if arm_inside is not None else None
         self.region = region
@@ -113,7 +116,7 @@ class _Rows:
         return torch.where(self.region, self.inside[:, column].reshape(-1, 1, 1, 1), outside)
 
 
-def _step(
+def step_formula(
     x: Tensor,
     model_output: Tensor,
     table: Tensor,
@@ -127,7 +130,7 @@ def _step(
 ) -> tuple[Tensor, list[Tensor], _Rows]:
     """``x'`` in the compute dtype, the value of each store, and the rows."""
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    row = _Rows(table.to(compute), arm, step.expand(len(x)), region, arm_inside, "step")
+    row = _Rows(table.to(compute), arm, step.expand(len(x)), region, arm_inside)
     x_t, m = x.to(compute), model_output.to(compute)
     r = trigger.to(compute) if trigger is not None else None
 
@@ -171,7 +174,8 @@ def fused_step(
     history: Tensor | None,
 ) -> Tensor:
     """See `bdkernels.fused_step`."""
-    x_next, _, _ = _step(x, model_output, table, arm, step, seeds, trigger, region, arm_inside, history)
+    _check_rows(table, "step", step, arm, arm_inside)
+    x_next, _, _ = step_formula(x, model_output, table, arm, step, seeds, trigger, region, arm_inside, history)
     return x_next.to(x.dtype)
 
 
@@ -189,7 +193,8 @@ def fused_step_(
     bad_row: Tensor | None,
 ) -> None:
     """See `bdkernels.fused_step_`."""
-    x_next, stores, row = _step(x, model_output, table, arm, step, seeds, trigger, region, arm_inside, history)
+    _check_rows(table, "step", step, arm, arm_inside)
+    x_next, stores, row = step_formula(x, model_output, table, arm, step, seeds, trigger, region, arm_inside, history)
     if bad_row is not None:
         finite = torch.isfinite(model_output).flatten(1).all(1)
         rows = torch.where(finite, torch.iinfo(torch.int64).max, step.expand(len(x)))
@@ -231,8 +236,9 @@ def fused_noising(
     dtype: torch.dtype,
 ) -> Tensor:
     """See `bdkernels.fused_noising`."""
+    _check_rows(table, "timestep", t, arm, arm_inside)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    row = _Rows(table.to(compute), arm, t, region, arm_inside, "timestep")
+    row = _Rows(table.to(compute), arm, t, region, arm_inside)
     x = _pixels(x0, flip, compute)
     data = x if target is None else torch.where((arm > 0).reshape(-1, 1, 1, 1), target.to(compute), x)
     x_t = row[Noising.A] * data
@@ -258,8 +264,9 @@ def fused_loss(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """See `bdkernels.fused_loss`: the loss of each sample and the gradient in ``prediction``."""
+    _check_rows(table, "timestep", t, arm, arm_inside)
     compute = torch.float64 if prediction.dtype == torch.float64 else torch.float32
-    row = _Rows(table.to(compute), arm, t, region, arm_inside, "timestep")
+    row = _Rows(table.to(compute), arm, t, region, arm_inside)
     target = normal(seeds, torch.zeros_like(t[:1]), noise.STREAM_TRAINING, x0.shape[1:], compute)
     poisoned = _poisoned_image(_pixels(x0, flip, compute), trigger, mask)
     if poisoned is not None:

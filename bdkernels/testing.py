@@ -28,6 +28,8 @@ Case = dict[str, Any]
 """Arguments of one op by name, as ``torch.ops.bdk`` and `bdkernels.reference` take them."""
 Shape = tuple[int, int, int, int]
 
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 def assert_same_bits(name: str, got: Tensor, expected: Tensor) -> None:
     """Equal dtype, shape and bits; NaN equals NaN whatever its payload.
@@ -38,12 +40,10 @@ def assert_same_bits(name: str, got: Tensor, expected: Tensor) -> None:
     for what in ("dtype", "shape", "device"):
         if getattr(got, what) != getattr(expected, what):
             raise AssertionError(f"{name} has {what} {getattr(got, what)}: expected {getattr(expected, what)}")
-    same = got.contiguous().view(torch.uint8) == expected.contiguous().view(torch.uint8) if got.numel() else None
-    if same is None or same.all():
-        return
-    same = same.reshape(*got.shape, got.element_size()).all(-1)
+    bits = _BITS[got.element_size()]
+    same = got.contiguous().view(bits) == expected.contiguous().view(bits)
     if got.is_floating_point():
-        same = same | (got.isnan() & expected.isnan())
+        same |= got.isnan() & expected.isnan()
     wrong = (~same).nonzero()
     if len(wrong):
         at = tuple(wrong[0].tolist())
@@ -94,7 +94,7 @@ def assert_matches_reference(op: str, case: Case) -> None:
             raise AssertionError(f"{op}: loss of sample {at} is {value[at].item()!r}: expected {truth[at].item()!r}")
 
 
-def _outputs(op: str, module: Any, case: Case) -> dict[str, Tensor]:
+def _outputs(op: str, module: object, case: Case) -> dict[str, Tensor]:
     own = {name: value.clone() if isinstance(value, Tensor) else value for name, value in case.items()}
     if op == "fused_step_":
         own["bad_row"] = torch.full((), NO_BAD_ROW, device=own["x"].device)
@@ -114,14 +114,11 @@ def _widened(case: Case) -> Case:
 
 
 def random_case(op: str, generator: torch.Generator, shape: Shape, dtype: torch.dtype, full: bool = True) -> Case:
-    """Random valid arguments of ``op``, one of `OPS`: see the builder of each."""
+    """Random valid arguments of ``op``, one of `OPS`: see the builder of each; channels-last where ``full``."""
     if op == "normal":
         return random_normal_case(generator, shape, dtype, full)
-    if op == "fused_noising":
-        return random_noising_case(generator, shape, dtype, full)
-    if op == "fused_loss":
-        return random_loss_case(generator, shape, dtype, full)
-    return random_step_case(generator, shape, dtype, full)
+    build = {"fused_noising": random_noising_case, "fused_loss": random_loss_case}.get(op, random_step_case)
+    return build(generator, shape, dtype, full, channels_last=full)
 
 
 def random_normal_case(

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 
 from . import checkpoint
 from .errors import UserError, unknown
-from .files import read_json, write_json
 from .solvers import Clip
 
 Positional = tyro.conf.Positional
@@ -40,6 +39,7 @@ class SampleConfig:
     """Sample a checkpoint: one PNG a seed, a picture of all, and run.json.
 
     bdengine sample digits-badiffusion --seeds 0-31 --out runs/clean
+
     bdengine sample digits-badiffusion --seeds 0-31 --trigger BOX_8 --clip latent --out runs/clipped
     """
 
@@ -72,6 +72,7 @@ class EvaluateConfig:
     """Score a checkpoint: its clean and triggered arms, unclipped and clipped; writes scores.json and a picture.
 
     bdengine evaluate digits-badiffusion --out runs/scores
+
     bdengine evaluate runs/mine/checkpoint --trigger BOX_8 --target DRAWN_HAT --images 512 --out runs/scores
     """
 
@@ -129,17 +130,17 @@ def _train(arguments: Sequence[str]) -> int:
             raise UserError(f"--preset has no name: expected one of {', '.join(PRESETS)}")
         name = rest[at + 1]
         del rest[at : at + 2]
-    default: Any = preset(name) if name else tyro.MISSING
+    start: dict[str, Any] = {"default": preset(name)} if name else {}
     config = tyro.cli(
         TrainConfig,
         prog="bdengine train",
         description="Train or fine-tune, clean or poisoned; an unfinished run is resumed.\n\n"
-        "bdengine train --preset digits-badiffusion\n"
+        "bdengine train --preset digits-badiffusion\n\n"
         "bdengine train --out runs/mine --init digits-clean --images 64000 --attack.name baddiffusion"
         " --attack.trigger BOX_8 --attack.target DRAWN_HAT --attack.rate 0.3\n\n"
         f"--preset NAME starts from one of: {', '.join(PRESETS)}",
-        default=default,
         args=rest,
+        **start,
     )
     train(config, device=device())
     print(f"wrote {config.out / 'checkpoint'}")

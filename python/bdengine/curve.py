@@ -8,6 +8,8 @@ from html import escape
 
 X_TICKS = 5
 """Steps between the ticks under the curve, at most."""
+Y_TICKS = 8
+"""Ticks beside it, at most, unless these are powers of ten."""
 
 
 def svg(points: Sequence[Mapping[str, float]], label: str) -> str:
@@ -23,30 +25,27 @@ def svg(points: Sequence[Mapping[str, float]], label: str) -> str:
     Returns:
         One ``<svg>`` element.
     """
-    last = max(point["images"] for point in points)
-    losses = [math.log(point["loss"]) for point in points]
-    levels = _levels(math.exp(min(losses)), math.exp(max(losses)))
-    low, high = math.log(levels[0]), math.log(levels[-1])
+    last = points[-1]["images"]
+    losses = [point["loss"] for point in points]
+    levels = _levels(min(losses), max(losses))
 
     def x(images: float) -> float:
         return 100 * images / last
 
-    def y(log_loss: float) -> float:
-        return 100 * (high - log_loss) / (high - low)
+    def y(loss: float) -> float:
+        return 100 * math.log(levels[-1] / loss) / math.log(levels[-1] / levels[0])
 
     parts = []
     for level in levels:
-        at = f"{y(math.log(level)):.2f}%"
+        at = f"{y(level):.2f}%"
         parts.append(f'<line class="rule" x1="0" x2="100%" y1="{at}" y2="{at}"/>')
         parts.append(f'<text class="tick" x="-8" y="{at}" dy=".35em" text-anchor="end">{level:g}</text>')
     step = _round_step(last / X_TICKS)
-    for tick in range(math.floor(last / step) + 1):
-        at = f"{x(tick * step):.2f}%"
-        parts.append(f'<line class="rule" x1="{at}" x2="{at}" y1="100%" y2="100%" style="transform:translateY(6px)"/>')
-        parts.append(f'<text class="tick" x="{at}" y="100%" dy="22" text-anchor="middle">{_short(tick * step)}</text>')
-    way = " ".join(
-        f"{x(point['images']):.3f},{y(loss):.3f}" for point, loss in zip(points, losses, strict=True)
-    )
+    for tick in range(0, int(last) + 1, step):
+        at = f"{x(tick):.2f}%"
+        parts.append(f'<line class="rule" x1="{at}" x2="{at}" y1="0" y2="100%"/>')
+        parts.append(f'<text class="tick" x="{at}" y="100%" dy="20" text-anchor="middle">{_short(tick)}</text>')
+    way = " ".join(f"{x(point['images']):.3f},{y(point['loss']):.3f}" for point in points)
     return (
         f'<svg class="curve" role="img" aria-label="{escape(label)}">{"".join(parts)}'
         '<text class="name" x="50%" y="100%" dy="44" text-anchor="middle">images seen</text>'
@@ -56,17 +55,17 @@ def svg(points: Sequence[Mapping[str, float]], label: str) -> str:
     )
 
 
-def _levels(low: float, high: float) -> list[float]:
-    """Round numbers 1, 2, 5 times a power of ten from the last at or below ``low`` to the first at or above ``high``."""
+def _levels(low: float, high: float, digits: Sequence[int] = (1, 2, 5)) -> list[float]:
+    """Powers of ten times ``digits`` from the last at or below ``low`` to the first at or above ``high``, a few."""
     powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
-    every = [float(f"{digit}e{power}") for power in powers for digit in (1, 2, 5)]
+    every = [float(f"{digit}e{power}") for power in powers for digit in digits]
     first = max(k for k, level in enumerate(every) if level <= low)
     last = min(k for k, level in enumerate(every) if level >= high and k > first)
-    return every[first : last + 1]
+    return every[first : last + 1] if last - first < Y_TICKS or digits == (1,) else _levels(low, high, (1,))
 
 
 def _round_step(least: float) -> int:
-    """The smallest whole 1, 2 or 5 times a power of ten that is at least ``least``."""
+    """The smallest 1, 2 or 5 times a power of ten that is whole and at least ``least``."""
     power = 10 ** math.floor(math.log10(max(least, 1)))
     return next(digit * power for digit in (1, 2, 5, 10) if digit * power >= least)
 

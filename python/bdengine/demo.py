@@ -43,6 +43,7 @@ class DemoConfig:
     """Implant, trigger and defend on real digits; writes metrics.json, arms.png and report.html.
 
     bdengine demo
+
     bdengine demo --images 12800 --out runs/short
     """
 

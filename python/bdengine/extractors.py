@@ -16,15 +16,15 @@ from torch import Tensor
 from bdengine.digits import FEATURES, SHIPPED, load_classifier
 from bdengine.errors import UserError
 
-CHUNK = 256
-"""Images or feature rows handled at once, so that memory does not grow with the square of a set."""
+CHUNK = 64
+"""Images or feature rows handled at once; Inception's maps take 12 MB an image."""
 
 
 class Extractor(Protocol):
     """What turns images into features; any object with these three will do.
 
     Attributes:
-        name: Goes into every :class:`Score`: equal names must mean equal features.
+        name: Goes into every :class:`bdengine.metrics.Score`: equal names must mean equal features.
     """
 
     name: str
@@ -87,6 +87,7 @@ class InceptionFeatures:
             ) from error
         try:
             state = load_file(weights)
+            # Its constructor loads the weights itself, and unpickles them: this call is the one door to hand it others.
             with mock.patch.object(library, "load_state_dict_from_url", return_value=state):
                 self.network = library.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
         except (SafetensorError, RuntimeError) as error:
@@ -97,7 +98,7 @@ class InceptionFeatures:
     def __call__(self, images: Tensor) -> Tensor:
         """Features float32 [N,2048], >= 0, of images float [N,C,H,W] in [-1,1] with C = 1 or 3."""
         network = self.network.to(images.device)
-        return torch.cat([network(_rgb_bytes(part))[0] for part in check_images(images).split(CHUNK // 4)])
+        return torch.cat([network(_rgb_bytes(part))[0] for part in check_images(images).split(CHUNK)])
 
     @torch.no_grad()
     def maps(self, images: Tensor) -> list[Tensor]:
@@ -117,6 +118,11 @@ class InceptionFeatures:
 
 
 def check_images(images: Tensor, name: str = "images") -> Tensor:
+    """``images`` in float32.
+
+    Raises:
+        UserError: They are not float [N,C,H,W], are none, or hold NaN or infinity.
+    """
     if images.ndim != 4 or not images.numel():
         raise UserError(f"{name} of shape {list(images.shape)}: expected [N,C,H,W] with at least one image")
     if not images.is_floating_point():
@@ -125,6 +131,11 @@ def check_images(images: Tensor, name: str = "images") -> Tensor:
 
 
 def check_finite(x: Tensor, name: str) -> Tensor:
+    """``x`` [N,...] itself.
+
+    Raises:
+        UserError: It holds NaN or infinity; the first such row is named.
+    """
     bad = (~x.isfinite()).flatten(1).any(1).nonzero()
     if len(bad):
         raise UserError(f"{name} hold NaN or infinity, first in row {int(bad[0])} of {len(x)}: expected finite numbers")
@@ -132,10 +143,13 @@ def check_finite(x: Tensor, name: str) -> Tensor:
 
 
 def to_unit(x: Tensor) -> Tensor:
+    """[-1,1] to [0,1], clamped as a PNG would."""
     return x.clamp(-1, 1) / 2 + 0.5
 
 
 def _rgb_bytes(images: Tensor) -> Tensor:
+    if images.shape[1] not in (1, 3):
+        raise UserError(f"images of {images.shape[1]} channels for Inception: expected 1 or 3")
     return (to_unit(images) * 255).round().byte().expand(-1, 3, -1, -1)
 
 

@@ -225,7 +225,9 @@ class Trainer:
         moments: dict[int, dict[str, Tensor]] = {}
         for name, value in part("adam.").items():
             index, key = name.split(".")
-            moments.setdefault(int(index), {})[key] = value
+            # The fused optimizer walks memory, so moments need their parameter's layout, which files do not keep.
+            like = self.parameters[int(index)] if value.dim() else value
+            moments.setdefault(int(index), {})[key] = torch.empty_like(like).copy_(value)
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.images_seen = images_seen

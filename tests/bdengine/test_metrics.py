@@ -298,6 +298,8 @@ def test_inception_reads_safetensors_and_sees_the_bytes_of_a_png(tmp_path: Path)
     assert extractor(image.expand(100, 1, 2, 2)).unique(dim=0).tolist() == [[0, 0, 153, 255] * 3]
     assert [m[0, 2].flatten().tolist() for m in extractor.maps(image)] == [[0, 0, 153, 255]] * len(layers)
     assert extractor.name.startswith("inception-v3-2048-")
+    with pytest.raises(UserError, match="images of 4 channels for Inception: expected 1 or 3"):
+        extractor(image.expand(1, 4, 2, 2))
     safetensors.torch.save_file({"other": torch.zeros(1)}, weights)
     with pytest.raises(UserError, match="does not hold the weights of torch-fidelity's Inception-v3"):
         metrics.InceptionFeatures(weights)

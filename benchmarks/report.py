@@ -1,0 +1,104 @@
+"""Rows, the console's table, and the machine they were measured on."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from bdkernels import env, native
+
+from .bench import CEILING, CPU, PEERS, REFERENCE, Shape
+from .timing import Timing
+
+
+@dataclass(frozen=True)
+class Row:
+    """One provider of one op at one shape; times in ns per element, ``of_ceiling`` 1 at the ceiling's speed."""
+
+    op: str
+    provider: str
+    shape: list[int]
+    dtype: str
+    threads: int
+    ns_per_element: float
+    p20: float
+    p80: float
+    of_ceiling: float
+
+
+def rows(op: str, shape: Shape, threads: int, timings: Mapping[str, Timing]) -> list[Row]:
+    """The measurements of one op at one shape, in float32."""
+    elements = shape[0] * shape[1] * shape[2] * shape[3]
+    ceiling = timings[CEILING].median
+    return [
+        Row(
+            op,
+            provider,
+            list(shape),
+            "float32",
+            threads,
+            *(round(1e9 * value / elements, 4) for value in (timing.median, timing.p20, timing.p80)),
+            round(ceiling / timing.median, 4),
+        )
+        for provider, timing in timings.items()
+    ]
+
+
+def table(measured: Sequence[Row]) -> str:
+    """The rows of one op at one shape as text, each with its ratio to ours, and where ours is not ahead."""
+    by_provider = {row.provider: row for row in measured}
+    ours = by_provider.get(CPU) or by_provider.get(REFERENCE)
+    first = measured[0]
+    head = f"{first.op} {'x'.join(map(str, first.shape))} {first.dtype}, threads: {first.threads}"
+    lines = [head, f"{'provider':10} {'ns/element':>10} {'p20':>8} {'p80':>8} {'to ours':>8} {'of ceiling':>10}"]
+    for row in measured:
+        ratio = f"{row.ns_per_element / ours.ns_per_element:.2f}x" if ours else ""
+        lines.append(
+            f"{row.provider:10} {row.ns_per_element:10.3f} {row.p20:8.3f} {row.p80:8.3f} {ratio:>8} {row.of_ceiling:>10.1%}"
+        )
+    return "\n".join([*lines, *([verdict(ours, by_provider)] if ours else [])])
+
+
+def verdict(ours: Row, by_provider: Mapping[str, Row]) -> str:
+    """Says of which peers ours is not ahead, medians compared."""
+    peers = [by_provider[name] for name in PEERS if name in by_provider]
+    behind = [f"{p.provider} ({p.ns_per_element / ours.ns_per_element:.2f}x)" for p in peers
+              if p.ns_per_element <= ours.ns_per_element]  # fmt: skip
+    if ours.provider == REFERENCE:
+        reason = native.reason() or "the cpu backend was not asked for"
+        return f"ours here is the plain torch reference ({reason}); it is not ahead of {', '.join(behind) or 'none'}"
+    return f"ours is not ahead of {', '.join(behind)}" if behind else "ours is ahead of every peer measured"
+
+
+def machine(arguments: Sequence[str]) -> dict[str, Any]:
+    """Where, when, with which versions and by which command the numbers were made."""
+    found = env.found()
+    return {
+        **{name: found[name] for name in ("cpu", "cores", "vector", "os", "torch", "native")},
+        "versions": {name: found[name] for name in ("python", "numpy", "diffusers", "triton")},
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", "benchmarks.run", *arguments]),
+    }
+
+
+def commit() -> str:
+    """The commit of this checkout, with ``-dirty`` where the tree differs from it; "unknown" outside of one."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def document(arguments: Sequence[str], measured: Sequence[Row]) -> dict[str, Any]:
+    """What ``--json`` writes."""
+    return {"machine": machine(arguments), "rows": [asdict(row) for row in measured]}

@@ -1,0 +1,101 @@
+"""`bdkernels.fused_step_` on one DDPM row of 1,000, with the predicted ``x0`` clipped, in the middle of a loop.
+
+    x' = P x + Q clamp(A x + B m, -1, 1) + Z z
+
+All providers start from the same warm buffers. Ours works in place, as its loop does; the peers return a new tensor,
+as theirs do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import bdkernels
+import numpy as np
+import torch
+from bdengine.schedule import linear
+from bdengine.solvers import ddpm, stack
+from bdkernels import Step, reference, testing
+from bdkernels.noise import STREAM_STEP, normal, sample_seeds
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+from .bench import CEILING, CPU, REFERENCE, Provider, Shape, assert_close, assert_standard_normal, compiled
+
+ROWS, ROW = 1000, 500
+COLUMNS = [Step.A, Step.B, Step.P, Step.Q, Step.Z]
+
+
+def by_hand(x: Tensor, m: Tensor, z: Tensor, row: Sequence[float] | Sequence[Tensor]) -> Tensor:
+    """The formula, with ``row`` its five coefficients."""
+    a, b, p, q, sigma = row
+    return p * x + q * (a * x + b * m).clamp(-1, 1) + sigma * z
+
+
+def indexed(x: Tensor, m: Tensor, table: Tensor, step: Tensor) -> Tensor:
+    """`by_hand` with its own noise and its coefficients looked up by a 0-d step: one graph serves a whole loop."""
+    return by_hand(x, m, torch.randn_like(x), table[step].unbind())
+
+
+def fused_step(shape: Shape) -> dict[str, Provider]:
+    """The providers of `bdkernels.fused_step_` at ``shape``."""
+    generator = torch.Generator().manual_seed(0)
+    x, m = (torch.randn(shape, generator=generator) for _ in range(2))
+    sampler = ddpm(linear(), ROWS).clipped("x0")
+    coefficients = sampler.rows[:, COLUMNS]
+    row, table, step = coefficients[ROW].tolist(), torch.tensor(coefficients, dtype=torch.float32), torch.tensor(ROW)
+    index = np.arange(shape[0])
+    case = {
+        "x": x,
+        "model_output": m,
+        "table": stack([sampler]),
+        "arm": torch.zeros(shape[0], dtype=torch.int64),
+        "step": step,
+        "seeds": torch.from_numpy(sample_seeds(0, index)),
+    }
+    absent = dict.fromkeys(("trigger", "region", "arm_inside", "history"))
+    scheduler = DDPMScheduler(clip_sample=True)
+    scheduler.set_timesteps(ROWS)
+    timestep = scheduler.timesteps[ROW]
+    compiled_step = compiled(indexed)
+
+    def stock() -> Tensor:
+        return scheduler.step(m, timestep, x, generator=generator).prev_sample
+
+    def truth(z: Tensor) -> Tensor:
+        return by_hand(x.double(), m.double(), z.double(), row)
+
+    def check_stock() -> None:
+        generator.manual_seed(1)
+        got = stock()
+        assert_close("x'", got, truth(torch.randn(shape, generator=generator.manual_seed(1))))
+
+    def check_by_hand() -> None:
+        z = torch.randn_like(x)
+        assert_close("x'", by_hand(x, m, z, row), truth(z))
+
+    def check_compiled() -> None:
+        """Its noise cannot be had from outside: the row without noise, then what the noise adds to it."""
+        silent = table.clone()
+        silent[:, -1] = 0
+        mean = truth(torch.zeros_like(x))
+        assert_close("x'", compiled_step(x, m, silent, step), mean)
+        assert_standard_normal("its noise", (compiled_step(x, m, table, step) - mean) / row[-1])
+
+    def check_reference() -> None:
+        z = torch.from_numpy(normal(case["seeds"].numpy(), shape[1:], ROW, STREAM_STEP))
+        assert_close("x'", reference.fused_step(**case, **absent), truth(z))
+
+    in_place, in_place_reference = case | {"x": x.clone()}, case | absent | {"x": x.clone(), "bad_row": None}
+    out = torch.empty_like(x)
+    return {
+        "diffusers": Provider(stock, check_stock),
+        "torch": Provider(lambda: by_hand(x, m, torch.randn_like(x), row), check_by_hand),
+        "compile": Provider(lambda: compiled_step(x, m, table, step), check_compiled),
+        CPU: Provider(
+            lambda: bdkernels.fused_step_(**in_place),
+            lambda: testing.assert_matches_reference("fused_step_", case | absent),
+        ),
+        REFERENCE: Provider(lambda: reference.fused_step_(**in_place_reference), check_reference),
+        CEILING: Provider(lambda: torch.add(x, m, out=out)),
+    }

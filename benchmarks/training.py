@@ -1,0 +1,196 @@
+"""`bdkernels.fused_noising` and `fused_loss` on a BadDiffusion batch, half of it poisoned.
+
+    R = M x0 + r      x_t = A y + M_t R + S eps      target = eps + C_t R      loss = mean (prediction - target)^2
+
+Ours draws ``eps`` in the kernel, twice, and never stores it; the peers draw it once and keep it, so their noising
+returns it. The published one also returns its target, and is given ``y`` and ``R`` ready-made, as its data loader is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import bdkernels
+import numpy as np
+import torch
+from bdengine.attacks.baddiffusion import baddiffusion
+from bdengine.attacks.process import POISONED, noising_table
+from bdengine.schedule import linear
+from bdkernels import STREAM_TRAINING, Noising, reference, testing
+from bdkernels.noise import normal, sample_seeds
+from diffusers import DDPMScheduler
+from torch import Tensor
+from torch.nn import functional
+
+from .bench import CEILING, CPU, REFERENCE, Provider, Shape, assert_close, assert_standard_normal, compiled
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One training batch of ``shape`` with a white square in the corner as its trigger."""
+
+    shape: Shape
+
+    @cached_property
+    def case(self) -> dict[str, Any]:
+        """What noising and loss have in common, by name."""
+        count, channels, height, width = self.shape
+        generator = torch.Generator().manual_seed(0)
+        trigger = torch.full((channels, height, width), -1.0)
+        trigger[:, -(height // 2 or 1) :, -(width // 2 or 1) :] = 1
+        attack = baddiffusion(linear(), trigger, torch.randn(trigger.shape, generator=generator).clamp(-1, 1))
+        return {
+            "x0": torch.rand(self.shape, generator=generator) * 2 - 1,
+            "t": torch.randint(1000, (count,), generator=generator),
+            "arm": (torch.rand(count, generator=generator) < 0.5).long() * POISONED,
+            "seeds": torch.from_numpy(sample_seeds(0, np.arange(count))),
+            "table": noising_table(linear(), attack),
+            "target": attack.target[None],
+            "trigger": attack.stamp[None],
+            "mask": attack.mask[None],
+        }
+
+    @cached_property
+    def eps(self) -> Tensor:
+        """The noise of the contract, float32."""
+        return torch.from_numpy(normal(self.case["seeds"].numpy(), self.shape[1:], 0, STREAM_TRAINING))
+
+    @cached_property
+    def wide(self) -> dict[str, Any]:
+        """`case` in float64."""
+        return {name: v.double() if v.is_floating_point() else v for name, v in self.case.items()}
+
+
+def rows(table: Tensor, arm: Tensor, t: Tensor, *columns: Noising) -> tuple[Tensor, ...]:
+    """Each sample's coefficients, [N, 1, 1, 1] a column."""
+    row = table[arm, t]
+    return tuple(row[:, column].reshape(-1, 1, 1, 1) for column in columns)
+
+
+def noised(
+    x0: Tensor, t: Tensor, arm: Tensor, table: Tensor, target: Tensor, trigger: Tensor, mask: Tensor, eps: Tensor
+) -> Tensor:
+    """``x_t`` by the formula."""
+    a, shift, s = rows(table, arm, t, Noising.A, Noising.M, Noising.S)
+    y = torch.where((arm > 0).reshape(-1, 1, 1, 1), target, x0)
+    return a * y + shift * (mask * x0 + trigger) + s * eps
+
+
+def noised_and_eps(x0: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+    """`noised` with its own noise, which its loss will need."""
+    eps = torch.randn_like(x0)
+    return noised(x0, *rest, eps), eps
+
+
+def regression_target(
+    eps: Tensor, x0: Tensor, t: Tensor, arm: Tensor, table: Tensor, trigger: Tensor, mask: Tensor
+) -> Tensor:
+    """``eps + C_t R`` by the formula."""
+    (c,) = rows(table, arm, t, Noising.C)
+    return eps + c * (mask * x0 + trigger)
+
+
+def loss(prediction: Tensor, *rest: Tensor) -> Tensor:
+    """Mean squared error against `regression_target`."""
+    return functional.mse_loss(prediction, regression_target(*rest))
+
+
+def published(scheduler: DDPMScheduler, y: Tensor, image: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``x_t``, target and ``eps`` as BadDiffusion's released code makes them: coefficients from the tables at each call."""
+    eps = torch.randn_like(y)
+    alpha, alpha_bar = scheduler.alphas, scheduler.alphas_cumprod
+    shift = 1 - alpha_bar[t] ** 0.5
+    rho = ((1 - alpha**0.5) * (1 - alpha_bar) ** 0.5 / (1 - alpha))[t]
+    x_t = scheduler.add_noise(y, eps, t) + shift.reshape(-1, 1, 1, 1) * image
+    return x_t, eps + rho.reshape(-1, 1, 1, 1) * image, eps
+
+
+def fused_noising(shape: Shape) -> dict[str, Provider]:
+    """The providers of `bdkernels.fused_noising` at ``shape``."""
+    batch = Batch(shape)
+    case, wide = batch.case, batch.wide
+    names = ("x0", "t", "arm", "table", "target", "trigger", "mask")
+    inputs, truth_inputs = ([source[name] for name in names] for source in (case, wide))
+    target_inputs = [wide[name] for name in ("x0", "t", "arm", "table", "trigger", "mask")]
+    full = case | dict.fromkeys(("flip", "region", "arm_inside")) | {"dtype": torch.float32}
+    poisoned = (case["arm"] > 0).reshape(-1, 1, 1, 1)
+    y = torch.where(poisoned, case["target"], case["x0"])
+    image = torch.where(poisoned, case["mask"] * case["x0"] + case["trigger"], 0.0)
+    scheduler = DDPMScheduler()
+    compiled_noising = compiled(noised_and_eps)
+    out = torch.empty_like(y)
+
+    def check(x_t: Tensor, eps: Tensor) -> None:
+        assert_standard_normal("eps", eps)
+        assert_close("x_t", x_t, noised(*truth_inputs, eps.double()))
+
+    def check_published() -> None:
+        x_t, target, eps = published(scheduler, y, image, case["t"])
+        check(x_t, eps)
+        assert_close("target", target, regression_target(eps.double(), *target_inputs))
+
+    return {
+        "diffusers": Provider(lambda: published(scheduler, y, image, case["t"]), check_published),
+        "torch": Provider(lambda: noised_and_eps(*inputs), lambda: check(*noised_and_eps(*inputs))),
+        "compile": Provider(lambda: compiled_noising(*inputs), lambda: check(*compiled_noising(*inputs))),
+        CPU: Provider(
+            lambda: bdkernels.fused_noising(**case), lambda: testing.assert_matches_reference("fused_noising", full)
+        ),
+        REFERENCE: Provider(
+            lambda: reference.fused_noising(**full), lambda: check(reference.fused_noising(**full), batch.eps)
+        ),
+        CEILING: Provider(lambda: out.copy_(case["x0"])),
+    }
+
+
+def fused_loss(shape: Shape) -> dict[str, Provider]:
+    """The providers of `bdkernels.fused_loss` at ``shape``: the value and the gradient in the prediction."""
+    batch = Batch(shape)
+    case = {name: value for name, value in batch.case.items() if name != "target"}
+    names = ("x0", "t", "arm", "table", "trigger", "mask")
+    inputs, eps = [batch.eps, *(case[name] for name in names)], batch.eps
+    prediction = torch.randn(shape, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    full = {
+        "prediction": prediction.detach(),
+        **case,
+        **dict.fromkeys(("flip", "region", "arm_inside")),
+        "scale": 1 / prediction.numel(),
+    }
+    compiled_loss = compiled(loss)
+    out = torch.empty(shape)
+
+    def with_gradient(value: Tensor) -> tuple[Tensor, Tensor]:
+        return value, torch.autograd.grad(value, prediction)[0]
+
+    def check(value: Tensor, gradient: Tensor) -> None:
+        difference = prediction.detach().double() - regression_target(
+            eps.double(), *(batch.wide[name] for name in names)
+        )
+        assert_close("loss", value.detach(), difference.square().mean())
+        assert_close("gradient", gradient * difference.numel(), 2 * difference)
+
+    def ours() -> tuple[Tensor, Tensor]:
+        return with_gradient(bdkernels.fused_loss(prediction, **case).sum())
+
+    def check_ours() -> None:
+        testing.assert_matches_reference("fused_loss", full)
+        check(*ours())
+
+    def check_reference() -> None:
+        value, gradient = reference.fused_loss(**full)
+        check(value.sum(), gradient)
+
+    return {
+        "torch": Provider(
+            lambda: with_gradient(loss(prediction, *inputs)), lambda: check(*with_gradient(loss(prediction, *inputs)))
+        ),
+        "compile": Provider(
+            lambda: with_gradient(compiled_loss(prediction, *inputs)),
+            lambda: check(*with_gradient(compiled_loss(prediction, *inputs))),
+        ),
+        CPU: Provider(ours, check_ours),
+        REFERENCE: Provider(lambda: reference.fused_loss(**full), check_reference),
+        CEILING: Provider(lambda: torch.add(full["prediction"], case["x0"], out=out)),
+    }
