@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained UNet for 8-pixel images, as a diffusers folder."""
+    """An untrained UNet for 16-pixel images, as a diffusers folder."""
     from bdengine.checkpoint import save_pipeline
     from bdengine.networks import unet
     from bdengine.schedule import linear
@@ -16,5 +16,5 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("checkpoints") / "tiny"
-    save_pipeline(path, unet(8, 1, (8, 16), groups=4), scheduler_config(linear()))
+    save_pipeline(path, unet(16, 1, (8, 16), groups=4), scheduler_config(linear()))
     return path

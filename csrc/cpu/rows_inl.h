@@ -35,11 +35,10 @@ struct SampleRows {
 
 template <class L>
 void normal_span(const NormalCall& call, Span span) {
-    const Key<L> key(call.seeds[span.sample]);
-    const uint32_t step = uint32_t(call.step[span.sample]);
+    Noise<L> noise(call.seeds[span.sample], uint32_t(call.step[span.sample]), call.stream, span.first / 4);
     for (int64_t e = span.first; e < span.last; e += kBlock<L>) {
         Block<L> z;
-        normals<L>(key, uint32_t(e / 4), step, call.stream, z);
+        noise.next(z);
         store<L>(call.out, {span.sample, e, block_count<L>(e, span.last)}, z);
     }
 }
@@ -49,7 +48,7 @@ bool step_span(const StepCall& call, Span span) {
     const int64_t index = call.step[span.sample];
     const SampleRows<L, STEP_COLUMNS, kRegion> rows(call.table, call.arm, call.arm_inside, span.sample, index);
     const bool noisy = rows.outside[Step::Z][0] != 0 || rows.inside[Step::Z][0] != 0;
-    const Key<L> key(call.seeds[span.sample]);
+    Noise<L> noise(call.seeds[span.sample], uint32_t(index), STREAM_STEP, span.first / 4);
 
     int slot[STORES];
     for (int k = 0; k < STORES; ++k) {
@@ -69,7 +68,7 @@ bool step_span(const StepCall& call, Span span) {
         if constexpr (kHistory)
             for (int j = 0; j < HISTORY_SLOTS; ++j)
                 if (j < call.slots) load<L>(call.history[j], range, h[j]);
-        if (noisy) normals<L>(key, uint32_t(e / 4), uint32_t(index), STREAM_STEP, z);
+        if (noisy) noise.next(z);
 
         for (int i = 0; i < 4; ++i) {
             const auto& row = rows.mixed(region[i]);
@@ -113,14 +112,14 @@ void noising_span(const NoisingCall& call, Span span) {
     const SampleRows<L, NOISING_COLUMNS, kRegion> rows(call.table, call.arm, call.arm_inside, span.sample,
                                                        call.t[span.sample]);
     const bool backdoored = call.target.data != nullptr && call.arm[span.sample] > 0;
-    const Key<L> key(call.seeds[span.sample]);
+    Noise<L> noise(call.seeds[span.sample], 0, STREAM_TRAINING, span.first / 4);
     for (int64_t e = span.first; e < span.last; e += kBlock<L>) {
         const Range range{span.sample, e, block_count<L>(e, span.last)};
         Block<L> data, poisoned{}, region{}, eps, x_t;
         load_images<L, kTrigger>(call, range, data, poisoned);
         if (backdoored) load<L>(call.target, range, data);
         if constexpr (kRegion) load<L>(call.region, range, region);
-        normals<L>(key, uint32_t(e / 4), 0, STREAM_TRAINING, eps);
+        noise.next(eps);
         for (int i = 0; i < 4; ++i) x_t[i] = noised<kTrigger>(rows.mixed(region[i]), data[i], poisoned[i], eps[i]);
         store<L>(call.out, range, x_t);
     }
@@ -153,7 +152,7 @@ template <class L, bool kTrigger, bool kRegion>
 double loss_span(const LossCall& call, Span span) {
     const SampleRows<L, NOISING_COLUMNS, kRegion> rows(call.table, call.arm, call.arm_inside, span.sample,
                                                        call.t[span.sample]);
-    const Key<L> key(call.seeds[span.sample]);
+    Noise<L> noise(call.seeds[span.sample], 0, STREAM_TRAINING, span.first / 4);
     Sum<L> sum;
     for (int64_t e = span.first; e < span.last; e += kBlock<L>) {
         const Range range{span.sample, e, block_count<L>(e, span.last)};
@@ -161,7 +160,7 @@ double loss_span(const LossCall& call, Span span) {
         load<L>(call.prediction, range, prediction);
         if constexpr (kTrigger) load_images<L, kTrigger>(call, range, x, poisoned);
         if constexpr (kRegion) load<L>(call.region, range, region);
-        normals<L>(key, uint32_t(e / 4), 0, STREAM_TRAINING, eps);
+        noise.next(eps);
         for (int i = 0; i < 4; ++i) {
             const auto one = loss<kTrigger>(rows.mixed(region[i]), prediction[i], poisoned[i], eps[i], call.scale);
             value[i] = one.value;

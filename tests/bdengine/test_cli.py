@@ -1,0 +1,117 @@
+"""The command line as a user meets it: help, results on disk, and one sentence for each mistake."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from bdengine.checkpoint import load_unet
+from bdengine.cli import COMMANDS, main, seeds_of
+from bdengine.errors import UserError
+from PIL import Image
+
+
+def run(*arguments: object) -> int:
+    return main([str(a) for a in arguments])
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c != "env"])
+def test_help_shows_a_working_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        run(command, "--help")
+    assert exit_.value.code == 0
+    assert f"bdengine {command} " in " ".join(capsys.readouterr().out.split())
+
+
+def test_usage_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--help") == 0
+    out = capsys.readouterr().out
+    assert all(command in out for command in COMMANDS)
+
+
+def test_seeds() -> None:
+    assert seeds_of("0-3") == [0, 1, 2, 3]
+    assert seeds_of("1, 5,8-9") == [1, 5, 8, 9]
+    for bad in ("", "a", "3-", "5-2", "1.5"):
+        with pytest.raises(UserError, match="expected something like"):
+            seeds_of(bad)
+
+
+def test_sample_writes_a_png_a_seed_and_keeps_those_there(
+    tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    options = ("--sampler", "ddim", "--steps", 3, "--trigger", "BOX_4", "--clip", "latent")
+    assert run("sample", tiny_checkpoint, "--out", out, "--seeds", "2-4", *options) == 0
+    first = (out / "000003.png").read_bytes()
+    assert Image.open(out / "000003.png").size == (16, 16)
+    assert Image.open(out / "grid.png").width > 16
+    assert json.loads((out / "run.json").read_text())["sampler"]["steps"] == 3
+    (out / "000002.png").unlink()
+    assert run("sample", tiny_checkpoint, "--out", out, "--seeds", "2-5", *options) == 0
+    assert "wrote 2 images" in capsys.readouterr().out
+    assert (out / "000003.png").read_bytes() == first
+    assert run("sample", tiny_checkpoint, "--out", out, "--steps", 4) == 2
+    assert "holds images of another configuration" in capsys.readouterr().err
+
+
+def test_evaluate_scores_every_arm(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    attack = ("--trigger", "BOX_4", "--target", "DRAWN_HAT")
+    assert run("evaluate", tiny_checkpoint, "--out", tmp_path, "--images", 40, "--steps", 3, *attack) == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    for start in ("clean", "triggered"):
+        for clip in ("none", "latent", "x0"):
+            arm = scores["arms"][start][clip]
+            assert arm["images"] == 40
+            assert 0 <= arm["asr"] <= 1
+            assert arm["frechet_interval"][0] <= arm["frechet"] <= arm["frechet_interval"][1]
+            assert arm["extractor"].startswith("digits-")
+    assert Image.open(tmp_path / "arms.png").width > 100
+
+
+def test_train_and_convert(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    options = ("--size", 16, "--init", tiny_checkpoint, "--images", 64, "--batch", 32, "--attack.name", "baddiffusion")
+    attack = ("--attack.trigger", "BOX_4", "--attack.target", "DRAWN_HAT", "--attack.rate", 0.5)
+    assert run("train", "--out", tmp_path / "run", *options, *attack) == 0
+    made_by = json.loads((tmp_path / "run" / "checkpoint" / "bdengine.json").read_text())
+    assert made_by["train"]["attack"]["trigger"] == "BOX_4"
+    assert run("evaluate", tmp_path / "run" / "checkpoint", "--out", tmp_path / "s", "--images", 2, "--steps", 2) == 0
+    load_unet(tmp_path / "run" / "checkpoint")
+
+
+MISTAKES = {
+    "command": (("trian",), "unknown command 'trian'.*nearest is 'train'"),
+    "preset": (("train", "--preset", "digits-cleen"), "unknown preset 'digits-cleen'.*nearest is 'digits-clean'"),
+    "no preset": (("train", "--preset"), "--preset has no name"),
+    "no checkpoint": (("sample", "no/such/place", "--out", "{tmp}/o"), "no/such/place"),
+    "trigger": (("sample", "{tiny}", "--trigger", "BOX_41", "--out", "{tmp}/o"), "unknown trigger 'BOX_41'.*'BOX_4'"),
+    "steps": (("sample", "{tiny}", "--steps", "0", "--out", "{tmp}/o"), "steps is 0: expected 1 to 1000"),
+    "seeds": (("sample", "{tiny}", "--seeds", "9-1", "--out", "{tmp}/o"), "names no seed"),
+    "images": (("evaluate", "{tiny}", "--images", "0", "--out", "{tmp}/o"), "0 images were asked for"),
+    "attack": (("evaluate", "{tiny}", "--out", "{tmp}/o"), "does not say how it was attacked"),
+    "rate": (
+        ("train", "--out", "{tmp}/o", "--attack.name", "baddiffusion", "--attack.trigger", "BOX_4", "--attack.rate", "1.5"),
+        "the poison rate is 1.5: expected 0 to 1",
+    ),
+    "demo": (("demo", "--out", "{tmp}/o", "--evaluated", "0"), "0 images were asked for"),
+    "not a folder": (("train", "--out", "{tmp}/o", "--data", "{tmp}/missing"), "missing"),
+    "full disk": (("sample", "{tiny}", "--steps", "2", "--out", "/proc/no-such-folder"), "/proc/no-such-folder"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_get_one_sentence_and_leave_nothing(
+    name: str, tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, message = MISTAKES[name]
+    assert run(*(a.format(tmp=tmp_path, tiny=tiny_checkpoint) for a in arguments)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("bdengine: ")
+    assert re.search(message, error), error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pickles_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "old.bin").write_bytes(b"\x80\x04.")
+    assert run("sample", tmp_path / "old.bin", "--out", tmp_path / "o") == 2
+    assert "bdengine convert" in capsys.readouterr().err
