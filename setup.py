@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import platform
+from glob import glob
 
 from pybind11 import get_include
 from setuptools import Extension, find_packages, setup
@@ -15,7 +16,11 @@ X86_64 = platform.machine().lower() in ("x86_64", "amd64")
 
 # Arithmetic is unfused so that every backend makes the same bits. -Wno-psabi: vectors never cross a call.
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
-FILE_FLAGS = {"rows_avx2.cpp": ["-mavx2", "-mf16c"]}
+# The rows gain 10-20 % from scheduling before register allocation, which is off by default on x86-64.
+FILE_FLAGS = {
+    "rows_baseline.cpp": ["-fschedule-insns"],
+    "rows_avx2.cpp": ["-fschedule-insns", "-mavx2", "-mf16c"],
+}
 
 SOURCES = ["bindings/module.cpp", "cpu/ops.cpp", "cpu/parallel.cpp", "cpu/rows_baseline.cpp"]
 if X86_64:
@@ -50,7 +55,7 @@ setup(
             "bdkernels._native",
             [f"csrc/{source}" for source in SOURCES],
             include_dirs=["csrc", "csrc/include", get_include()],
-            depends=["csrc/include/bdk", "csrc/cpu"],
+            depends=sorted(glob("csrc/**/*.h", recursive=True)),
             extra_compile_args=FLAGS,
             language="c++",
         )

@@ -93,7 +93,7 @@ def _step_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _step_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients in ``x``, ``model_output``, ``trigger`` and ``history``, through the reference formula."""
     with torch.enable_grad():
-        inputs = [None if v is None else v.detach().requires_grad_(need) for v, need in
+        inputs: list[Any] = [None if v is None else v.detach().requires_grad_(need) for v, need in
                   zip(ctx.saved_tensors, ctx.needs_input_grad, strict=True)]  # fmt: skip
         wanted = [v for v in inputs if v is not None and v.requires_grad]
         x_next, _, _ = reference.step_formula(*inputs)

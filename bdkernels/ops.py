@@ -61,7 +61,7 @@ def _check_index(name: str, value: Tensor, count: int, device: torch.device, *, 
     """int64 of shape [N] (or 0-d where ``scalar``)."""
     _check_dtype(name, value, (torch.int64,))
     _check_device(name, value, device)
-    if value.shape == (count,) and value.is_contiguous() or scalar and value.dim() == 0:
+    if (value.shape == (count,) and value.is_contiguous()) or (scalar and value.dim() == 0):
         return
     expected = f"({count},)" + (" or a 0-d tensor" if scalar else "")
     raise ValueError(f"{name} has shape {tuple(value.shape)}: expected {expected}, contiguous")
@@ -193,9 +193,7 @@ def fused_step(
         ValueError: A wrong shape, stride or device; on the CPU also an arm or row outside the table.
     """
     _check_step(x, model_output, table, arm, step, seeds, trigger, region, arm_inside, history)
-    return torch.ops.bdk.fused_step(
-        x, model_output, table, arm, step, seeds, trigger, region, arm_inside, history
-    )
+    return torch.ops.bdk.fused_step(x, model_output, table, arm, step, seeds, trigger, region, arm_inside, history)
 
 
 def fused_step_(
@@ -222,9 +220,7 @@ def fused_step_(
     _check_step(x, model_output, table, arm, step, seeds, trigger, region, arm_inside, history)
     if bad_row is not None:
         _check_index("bad_row", bad_row, -1, x.device, scalar=True)
-    torch.ops.bdk.fused_step_(
-        x, model_output, table, arm, step, seeds, trigger, region, arm_inside, history, bad_row
-    )
+    torch.ops.bdk.fused_step_(x, model_output, table, arm, step, seeds, trigger, region, arm_inside, history, bad_row)
     return x
 
 
@@ -307,9 +303,7 @@ def fused_noising(
     _check_training(x0, t, arm, seeds, table, dtype, trigger, mask, flip, region, arm_inside)
     if target is not None:
         _check_shared("target", target, x0, torch.float64 if dtype == torch.float64 else torch.float32)
-    return torch.ops.bdk.fused_noising(
-        x0, t, arm, seeds, table, target, trigger, mask, flip, region, arm_inside, dtype
-    )
+    return torch.ops.bdk.fused_noising(x0, t, arm, seeds, table, target, trigger, mask, flip, region, arm_inside, dtype)
 
 
 def fused_loss(

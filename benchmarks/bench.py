@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 Shape = tuple[int, int, int, int]
+P = ParamSpec("P")
+Result = TypeVar("Result")
 
 CPU, REFERENCE, CEILING = "cpu", "reference", "ceiling"
 PEERS: Final = ("diffusers", "torch", "compile")
@@ -18,7 +20,7 @@ PROVIDERS: Final = (*PEERS, CPU, REFERENCE, CEILING)
 """Everything a table can have as a row; the ``cpu`` rows run on the backend that the caller has forced."""
 
 PEER_TOLERANCE: Final = 1e-4
-"""Largest allowed distance of a peer from float64 truth, for values of order 1: stock coefficients lose 5.5e-5 at t=1."""
+"""Largest distance of a peer from float64 truth, for values of order 1: stock coefficients lose 5.5e-5 at t=1."""
 _SIGMAS: Final = 6
 
 
@@ -39,9 +41,14 @@ class Provider:
     check: Callable[[], None] = nothing_to_check
 
 
-def compiled(function: Callable[..., Tensor] | Callable[..., tuple[Tensor, ...]]) -> Callable[..., Tensor]:
-    """``function`` under ``torch.compile`` for the one shape it will see; compiles at its first call."""
-    return torch.compile(function, dynamic=False)
+def checked(run: Callable[[], Any], check: Callable[..., None]) -> Provider:
+    """A provider whose results are what ``check`` is given."""
+    return Provider(run, lambda: check(*run()))
+
+
+def compiled(function: Callable[P, Result]) -> Callable[P, Result]:
+    """``function`` under ``torch.compile`` for the one shape it will see, as one graph; compiles at its first call."""
+    return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 def assert_close(name: str, got: Tensor, truth64: Tensor, tolerance: float = PEER_TOLERANCE) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import bdkernels
+from typing import Any
+
 import numpy as np
 import torch
-from bdkernels import noise, reference, testing
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+
+import bdkernels
+from bdkernels import noise, reference, testing
 
 from .bench import CEILING, CPU, REFERENCE, Provider, Shape, assert_standard_normal, compiled
 
@@ -16,7 +19,7 @@ def normal(shape: Shape) -> dict[str, Provider]:
     """The providers of `bdkernels.normal` at ``shape``."""
     seeds = torch.from_numpy(noise.sample_seeds(0, np.arange(shape[0])))
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-    case = {"seeds": seeds, "step": torch.tensor(0), "stream": noise.STREAM_INITIAL, "shape": shape[1:]}
+    case: dict[str, Any] = {"seeds": seeds, "step": torch.tensor(0), "stream": noise.STREAM_INITIAL, "shape": shape[1:]}
     out = torch.empty(shape)
     compiled_randn = compiled(torch.randn_like)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import subprocess
@@ -34,7 +35,7 @@ class Row:
 
 def rows(op: str, shape: Shape, threads: int, timings: Mapping[str, Timing]) -> list[Row]:
     """The measurements of one op at one shape, in float32."""
-    elements = shape[0] * shape[1] * shape[2] * shape[3]
+    scale = 1e9 / math.prod(shape)
     ceiling = timings[CEILING].median
     return [
         Row(
@@ -43,7 +44,9 @@ def rows(op: str, shape: Shape, threads: int, timings: Mapping[str, Timing]) -> 
             list(shape),
             "float32",
             threads,
-            *(round(1e9 * value / elements, 4) for value in (timing.median, timing.p20, timing.p80)),
+            round(timing.median * scale, 4),
+            round(timing.p20 * scale, 4),
+            round(timing.p80 * scale, 4),
             round(ceiling / timing.median, 4),
         )
         for provider, timing in timings.items()
@@ -59,9 +62,8 @@ def table(measured: Sequence[Row]) -> str:
     lines = [head, f"{'provider':10} {'ns/element':>10} {'p20':>8} {'p80':>8} {'to ours':>8} {'of ceiling':>10}"]
     for row in measured:
         ratio = f"{row.ns_per_element / ours.ns_per_element:.2f}x" if ours else ""
-        lines.append(
-            f"{row.provider:10} {row.ns_per_element:10.3f} {row.p20:8.3f} {row.p80:8.3f} {ratio:>8} {row.of_ceiling:>10.1%}"
-        )
+        times = f"{row.ns_per_element:10.3f} {row.p20:8.3f} {row.p80:8.3f}"
+        lines.append(f"{row.provider:10} {times} {ratio:>8} {row.of_ceiling:>10.1%}")
     return "\n".join([*lines, *([verdict(ours, by_provider)] if ours else [])])
 
 

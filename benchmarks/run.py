@@ -16,6 +16,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
+
 from bdengine.errors import UserError, unknown
 from bdengine.files import write_json
 from bdkernels import native, use_backend

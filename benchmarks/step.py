@@ -9,16 +9,18 @@ as theirs do.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-import bdkernels
 import numpy as np
 import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+import bdkernels
 from bdengine.schedule import linear
 from bdengine.solvers import ddpm, stack
 from bdkernels import Step, reference, testing
 from bdkernels.noise import STREAM_STEP, normal, sample_seeds
-from diffusers import DDPMScheduler
-from torch import Tensor
 
 from .bench import CEILING, CPU, REFERENCE, Provider, Shape, assert_close, assert_standard_normal, compiled
 
@@ -34,7 +36,7 @@ def by_hand(x: Tensor, m: Tensor, z: Tensor, row: Sequence[float] | Sequence[Ten
 
 def indexed(x: Tensor, m: Tensor, table: Tensor, step: Tensor) -> Tensor:
     """`by_hand` with its own noise and its coefficients looked up by a 0-d step: one graph serves a whole loop."""
-    return by_hand(x, m, torch.randn_like(x), table[step].unbind())
+    return by_hand(x, m, torch.randn_like(x), table.index_select(0, step)[0].unbind())
 
 
 def fused_step(shape: Shape) -> dict[str, Provider]:
@@ -45,7 +47,7 @@ def fused_step(shape: Shape) -> dict[str, Provider]:
     coefficients = sampler.rows[:, COLUMNS]
     row, table, step = coefficients[ROW].tolist(), torch.tensor(coefficients, dtype=torch.float32), torch.tensor(ROW)
     index = np.arange(shape[0])
-    case = {
+    case: dict[str, Any] = {
         "x": x,
         "model_output": m,
         "table": stack([sampler]),
@@ -53,8 +55,8 @@ def fused_step(shape: Shape) -> dict[str, Provider]:
         "step": step,
         "seeds": torch.from_numpy(sample_seeds(0, index)),
     }
-    absent = dict.fromkeys(("trigger", "region", "arm_inside", "history"))
-    scheduler = DDPMScheduler(clip_sample=True)
+    absent: dict[str, Any] = dict.fromkeys(("trigger", "region", "arm_inside", "history"))
+    scheduler: Any = DDPMScheduler(clip_sample=True)
     scheduler.set_timesteps(ROWS)
     timestep = scheduler.timesteps[ROW]
     compiled_step = compiled(indexed)

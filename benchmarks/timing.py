@@ -42,7 +42,7 @@ def calibrate(run: Callable[[], object], least: float) -> int:
 
 
 def interleaved(runs: Mapping[str, Callable[[], object]], repeats: int, least: float = LEAST) -> dict[str, Timing]:
-    """Times every function once a round, ``repeats`` rounds, so that a busy moment of the machine falls on all alike."""
+    """Times every function once a round, ``repeats`` rounds, so that a busy moment falls on all alike."""
     for run in runs.values():
         seconds(run, WARM_UP)
     loops = {name: calibrate(run, least) for name, run in runs.items()}

@@ -12,19 +12,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import bdkernels
 import numpy as np
 import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+from torch.nn import functional
+
+import bdkernels
 from bdengine.attacks.baddiffusion import baddiffusion
 from bdengine.attacks.process import POISONED, noising_table
 from bdengine.schedule import linear
 from bdkernels import STREAM_TRAINING, Noising, reference, testing
 from bdkernels.noise import normal, sample_seeds
-from diffusers import DDPMScheduler
-from torch import Tensor
-from torch.nn import functional
 
-from .bench import CEILING, CPU, REFERENCE, Provider, Shape, assert_close, assert_standard_normal, compiled
+from .bench import CEILING, CPU, REFERENCE, Provider, Shape, assert_close, assert_standard_normal, checked, compiled
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def rows(table: Tensor, arm: Tensor, t: Tensor, *columns: Noising) -> tuple[Tens
 
 
 def noised(
-    x0: Tensor, t: Tensor, arm: Tensor, table: Tensor, target: Tensor, trigger: Tensor, mask: Tensor, eps: Tensor
+    eps: Tensor, x0: Tensor, t: Tensor, arm: Tensor, table: Tensor, target: Tensor, trigger: Tensor, mask: Tensor
 ) -> Tensor:
     """``x_t`` by the formula."""
     a, shift, s = rows(table, arm, t, Noising.A, Noising.M, Noising.S)
@@ -81,7 +82,7 @@ def noised(
 def noised_and_eps(x0: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
     """`noised` with its own noise, which its loss will need."""
     eps = torch.randn_like(x0)
-    return noised(x0, *rest, eps), eps
+    return noised(eps, x0, *rest), eps
 
 
 def regression_target(
@@ -97,8 +98,8 @@ def loss(prediction: Tensor, *rest: Tensor) -> Tensor:
     return functional.mse_loss(prediction, regression_target(*rest))
 
 
-def published(scheduler: DDPMScheduler, y: Tensor, image: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``x_t``, target and ``eps`` as BadDiffusion's released code makes them: coefficients from the tables at each call."""
+def published(scheduler: Any, y: Tensor, image: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``x_t``, target and ``eps`` as BadDiffusion's released code makes them: coefficients anew at each call."""
     eps = torch.randn_like(y)
     alpha, alpha_bar = scheduler.alphas, scheduler.alphas_cumprod
     shift = 1 - alpha_bar[t] ** 0.5
@@ -124,17 +125,16 @@ def fused_noising(shape: Shape) -> dict[str, Provider]:
 
     def check(x_t: Tensor, eps: Tensor) -> None:
         assert_standard_normal("eps", eps)
-        assert_close("x_t", x_t, noised(*truth_inputs, eps.double()))
+        assert_close("x_t", x_t, noised(eps.double(), *truth_inputs))
 
-    def check_published() -> None:
-        x_t, target, eps = published(scheduler, y, image, case["t"])
+    def check_published(x_t: Tensor, target: Tensor, eps: Tensor) -> None:
         check(x_t, eps)
         assert_close("target", target, regression_target(eps.double(), *target_inputs))
 
     return {
-        "diffusers": Provider(lambda: published(scheduler, y, image, case["t"]), check_published),
-        "torch": Provider(lambda: noised_and_eps(*inputs), lambda: check(*noised_and_eps(*inputs))),
-        "compile": Provider(lambda: compiled_noising(*inputs), lambda: check(*compiled_noising(*inputs))),
+        "diffusers": checked(lambda: published(scheduler, y, image, case["t"]), check_published),
+        "torch": checked(lambda: noised_and_eps(*inputs), check),
+        "compile": checked(lambda: compiled_noising(*inputs), check),
         CPU: Provider(
             lambda: bdkernels.fused_noising(**case), lambda: testing.assert_matches_reference("fused_noising", full)
         ),
@@ -150,7 +150,7 @@ def fused_loss(shape: Shape) -> dict[str, Provider]:
     batch = Batch(shape)
     case = {name: value for name, value in batch.case.items() if name != "target"}
     names = ("x0", "t", "arm", "table", "trigger", "mask")
-    inputs, eps = [batch.eps, *(case[name] for name in names)], batch.eps
+    inputs = [batch.eps, *(case[name] for name in names)]
     prediction = torch.randn(shape, generator=torch.Generator().manual_seed(1)).requires_grad_()
     full = {
         "prediction": prediction.detach(),
@@ -165,9 +165,8 @@ def fused_loss(shape: Shape) -> dict[str, Provider]:
         return value, torch.autograd.grad(value, prediction)[0]
 
     def check(value: Tensor, gradient: Tensor) -> None:
-        difference = prediction.detach().double() - regression_target(
-            eps.double(), *(batch.wide[name] for name in names)
-        )
+        truth = regression_target(batch.eps.double(), *(batch.wide[name] for name in names))
+        difference = prediction.detach().double() - truth
         assert_close("loss", value.detach(), difference.square().mean())
         assert_close("gradient", gradient * difference.numel(), 2 * difference)
 
@@ -178,19 +177,13 @@ def fused_loss(shape: Shape) -> dict[str, Provider]:
         testing.assert_matches_reference("fused_loss", full)
         check(*ours())
 
-    def check_reference() -> None:
-        value, gradient = reference.fused_loss(**full)
+    def check_reference(value: Tensor, gradient: Tensor) -> None:
         check(value.sum(), gradient)
 
     return {
-        "torch": Provider(
-            lambda: with_gradient(loss(prediction, *inputs)), lambda: check(*with_gradient(loss(prediction, *inputs)))
-        ),
-        "compile": Provider(
-            lambda: with_gradient(compiled_loss(prediction, *inputs)),
-            lambda: check(*with_gradient(compiled_loss(prediction, *inputs))),
-        ),
+        "torch": checked(lambda: with_gradient(loss(prediction, *inputs)), check),
+        "compile": checked(lambda: with_gradient(compiled_loss(prediction, *inputs)), check),
         CPU: Provider(ours, check_ours),
-        REFERENCE: Provider(lambda: reference.fused_loss(**full), check_reference),
+        REFERENCE: checked(lambda: reference.fused_loss(**full), check_reference),
         CEILING: Provider(lambda: torch.add(full["prediction"], case["x0"], out=out)),
     }

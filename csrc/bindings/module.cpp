@@ -1,7 +1,8 @@
-// bdkernels._native: addresses and shapes in, ValueError out. Knows neither torch nor NumPy; bdkernels/native.py calls it.
+// bdkernels._native: addresses and shapes in, ValueError out. Knows neither torch nor NumPy;
+// bdkernels/native.py calls it.
 //
-// A tensor is (address, format), format = 2 type + channels_last; an image shared or not is (address, images);
-// an absent tensor has address 0. Plain arguments and pairs: a call costs about a microsecond.
+// A tensor is (address, format), format = 2 type + channels_last; an image shared or not is (address,
+// images); an absent tensor has address 0. Plain arguments and pairs: a call costs about a microsecond.
 #include <pybind11/pybind11.h>
 
 #include "bdk/philox.h"
@@ -27,8 +28,8 @@ T* pointer(Address address) {
 View view(const Shape& shape, const Tensor& tensor) {
     const auto [n, c, h, w] = shape;
     const bool channels_last = tensor.second % 2 != 0;
-    return {pointer<void>(tensor.first), Type(tensor.second / 2),     !channels_last, c * h * w,
-            channels_last ? 1 : h * w,   channels_last ? c : 1, h * w,          w};
+    return {pointer<void>(tensor.first), Type(tensor.second / 2), !channels_last, c * h * w,
+            channels_last ? 1 : h * w,   channels_last ? c : 1,   h * w,          w};
 }
 
 View image(const Shape& shape, const Image& image, Type type = Type::float32) {
@@ -49,15 +50,16 @@ Table table(Address address, const TableShape& shape) {
 
 const int64_t* integers(Address address) { return pointer<const int64_t>(address); }
 
-void bind_normal(const Shape& shape, const Tensor& out, Address seeds, Address step, int step_stride, uint32_t stream,
-                 int threads) {
-    normal(extent(shape, threads), {view(shape, out), integers(seeds), {integers(step), step_stride}, stream});
+void bind_normal(const Shape& shape, const Tensor& out, Address seeds, Address step, int step_stride,
+                 uint32_t stream, int threads) {
+    normal(extent(shape, threads),
+           {view(shape, out), integers(seeds), {integers(step), step_stride}, stream});
 }
 
-void bind_step(const Shape& shape, const Tensor& x_t, const Tensor& m, const Tensor& out, const Tensor& history,
-               int slots, bool stores, Address rows, const TableShape& rows_shape, Address arm, Address arm_inside,
-               Address step, int step_stride, Address seeds, const Image& trigger, const Image& region, Address bad_row,
-               int threads) {
+void bind_step(const Shape& shape, const Tensor& x_t, const Tensor& m, const Tensor& out,
+               const Tensor& history, int slots, bool stores, Address rows, const TableShape& rows_shape,
+               Address arm, Address arm_inside, Address step, int step_stride, Address seeds,
+               const Image& trigger, const Image& region, Address bad_row, int threads) {
     const Extent size = extent(shape, threads);
     StepCall call{view(shape, x_t),
                   view(shape, m),
@@ -79,18 +81,20 @@ void bind_step(const Shape& shape, const Tensor& x_t, const Tensor& m, const Ten
     fused_step(size, call, pointer<int64_t>(bad_row));
 }
 
-void bind_noising(const Shape& shape, const Tensor& x0, const Tensor& out, Address t, Address arm, Address arm_inside,
-                  Address seeds, Address rows, const TableShape& rows_shape, const Image& target, const Image& trigger,
-                  const Image& mask, const Image& region, Address flip, int threads) {
+void bind_noising(const Shape& shape, const Tensor& x0, const Tensor& out, Address t, Address arm,
+                  Address arm_inside, Address seeds, Address rows, const TableShape& rows_shape,
+                  const Image& target, const Image& trigger, const Image& mask, const Image& region,
+                  Address flip, int threads) {
     fused_noising(extent(shape, threads),
-                  {view(shape, x0), view(shape, out), image(shape, target), image(shape, trigger), image(shape, mask),
-                   image(shape, region, Type::byte), table(rows, rows_shape), integers(t), integers(arm),
-                   integers(arm_inside), integers(seeds), pointer<const bool>(flip)});
+                  {view(shape, x0), view(shape, out), image(shape, target), image(shape, trigger),
+                   image(shape, mask), image(shape, region, Type::byte), table(rows, rows_shape), integers(t),
+                   integers(arm), integers(arm_inside), integers(seeds), pointer<const bool>(flip)});
 }
 
-void bind_loss(const Shape& shape, const Tensor& prediction, const Tensor& x0, const Tensor& gradient, Address losses,
-               Address t, Address arm, Address arm_inside, Address seeds, Address rows, const TableShape& rows_shape,
-               const Image& trigger, const Image& mask, const Image& region, Address flip, float scale, int threads) {
+void bind_loss(const Shape& shape, const Tensor& prediction, const Tensor& x0, const Tensor& gradient,
+               Address losses, Address t, Address arm, Address arm_inside, Address seeds, Address rows,
+               const TableShape& rows_shape, const Image& trigger, const Image& mask, const Image& region,
+               Address flip, float scale, int threads) {
     fused_loss(extent(shape, threads),
                {view(shape, x0), view(shape, prediction), view(shape, gradient), image(shape, trigger),
                 image(shape, mask), image(shape, region, Type::byte), table(rows, rows_shape), integers(t),
@@ -116,8 +120,8 @@ py::dict columns() {
                             "H"_a = +Step::H, "STORE"_a = +Step::STORE),
         "Store"_a = py::dict("SLOT"_a = +Store::SLOT, "E"_a = +Store::E, "F"_a = +Store::F, "G"_a = +Store::G,
                              "J"_a = +Store::J, "K"_a = +Store::K),
-        "Noising"_a = py::dict("A"_a = +Noising::A, "S"_a = +Noising::S, "M"_a = +Noising::M, "C"_a = +Noising::C,
-                               "W"_a = +Noising::W),
+        "Noising"_a = py::dict("A"_a = +Noising::A, "S"_a = +Noising::S, "M"_a = +Noising::M,
+                               "C"_a = +Noising::C, "W"_a = +Noising::W),
         "HISTORY_SLOTS"_a = HISTORY_SLOTS, "STORES"_a = STORES, "STEP_COLUMNS"_a = STEP_COLUMNS,
         "STORE_COLUMNS"_a = STORE_COLUMNS, "NOISING_COLUMNS"_a = NOISING_COLUMNS);
 }

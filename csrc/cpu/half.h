@@ -1,6 +1,7 @@
 // bfloat16 and float16 to float32 (exact) and back (round to nearest, ties to even), in integer operations.
 //
-// Integer, so that flush-to-zero modes do not reach the subnormal halves. F16C has the float16 pair in one instruction.
+// Integer, so that flush-to-zero modes do not reach the subnormal halves. F16C has the float16 pair in one
+// instruction.
 #pragma once
 
 #include "vec.h"
@@ -27,7 +28,8 @@ BDK_HD typename L::W narrow(Bfloat16, typename L::F v) {
     return v != v ? W{} + 0x7FC0u : rounded;
 }
 
-// The exponent moves from bias 15 to bias 127; a subnormal half is a normal float32, renormalised by one subtraction.
+// The exponent moves from bias 15 to bias 127; a subnormal half is a normal float32, renormalised by one
+// subtraction.
 template <class L>
 BDK_HD typename L::F widen(Float16, typename L::W h) {
     using I = typename L::I;

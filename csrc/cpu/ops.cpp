@@ -10,8 +10,8 @@
 namespace bdk {
 namespace {
 
-// One piece of work, about 10 us: large against a claim (20 ns) and a parallel region (3 us), small against a batch.
-// Fixed, so that a sample's loss is summed alike for any number of threads.
+// One piece of work, about 10 us: large against a claim (20 ns) and a parallel region (3 us), small against a
+// batch. Fixed, so that a sample's loss is summed alike for any number of threads.
 constexpr int64_t kSpan = 8192;
 
 bool runs_avx2() {

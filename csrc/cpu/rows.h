@@ -21,7 +21,9 @@ struct Table {
     const float* data;
     int64_t arms, rows, columns;
 
-    BDK_HD const float* row(int64_t arm, int64_t index) const { return data + (arm * rows + index) * columns; }
+    BDK_HD const float* row(int64_t arm, int64_t index) const {
+        return data + (arm * rows + index) * columns;
+    }
 };
 
 // One int64 a sample, or one for all (stride 0).

@@ -1,7 +1,7 @@
 // The rows over spans of tensors, for any lane type: load a block of each operand, apply the row, store.
 //
-// Everything here is a template over `L`, also what need not be: each instruction set must get code of its own, and the
-// linker would merge equal names. Measurements: benchmarks/results.
+// Everything here is a template over `L`, also what need not be: each instruction set must get code of its
+// own, and the linker would merge equal names. Measurements: benchmarks/results.
 #pragma once
 
 #include "bdk/loss.h"
@@ -22,8 +22,10 @@ template <class L, int kColumns, bool kRegion>
 struct SampleRows {
     const Row<L, kColumns> outside, inside;
 
-    BDK_HD SampleRows(const Table& table, const int64_t* arm, const int64_t* arm_inside, int64_t sample, int64_t row)
-        : outside(table.row(arm[sample], row)), inside(table.row((kRegion ? arm_inside : arm)[sample], row)) {}
+    BDK_HD SampleRows(const Table& table, const int64_t* arm, const int64_t* arm_inside, int64_t sample,
+                      int64_t row)
+        : outside(table.row(arm[sample], row)),
+          inside(table.row((kRegion ? arm_inside : arm)[sample], row)) {}
 
     BDK_HD decltype(auto) mixed(typename L::F region) const {
         if constexpr (kRegion)
@@ -46,7 +48,8 @@ void normal_span(const NormalCall& call, Span span) {
 template <class L, bool kTrigger, bool kHistory, bool kRegion>
 bool step_span(const StepCall& call, Span span) {
     const int64_t index = call.step[span.sample];
-    const SampleRows<L, STEP_COLUMNS, kRegion> rows(call.table, call.arm, call.arm_inside, span.sample, index);
+    const SampleRows<L, STEP_COLUMNS, kRegion> rows(call.table, call.arm, call.arm_inside, span.sample,
+                                                    index);
     const bool noisy = rows.outside[Step::Z][0] != 0 || rows.inside[Step::Z][0] != 0;
     Noise<L> noise(call.seeds[span.sample], uint32_t(index), STREAM_STEP, span.first / 4);
 
@@ -72,7 +75,8 @@ bool step_span(const StepCall& call, Span span) {
 
         for (int i = 0; i < 4; ++i) {
             const auto& row = rows.mixed(region[i]);
-            const Operands<L> in{x_t[i], m[i], r[i], z[i], {h[0][i], h[1][i], h[2][i], h[3][i]}, kHistory ? call.slots : 0};
+            const Operands<L> in{
+                x_t[i], m[i], r[i], z[i], {h[0][i], h[1][i], h[2][i], h[3][i]}, kHistory ? call.slots : 0};
             const auto x0 = predicted_x0<kTrigger>(row, in);
             x_next[i] = next_sample<kTrigger>(row, in, x0);
             for (int k = 0; k < STORES; ++k)
@@ -120,7 +124,8 @@ void noising_span(const NoisingCall& call, Span span) {
         if (backdoored) load<L>(call.target, range, data);
         if constexpr (kRegion) load<L>(call.region, range, region);
         noise.next(eps);
-        for (int i = 0; i < 4; ++i) x_t[i] = noised<kTrigger>(rows.mixed(region[i]), data[i], poisoned[i], eps[i]);
+        for (int i = 0; i < 4; ++i)
+            x_t[i] = noised<kTrigger>(rows.mixed(region[i]), data[i], poisoned[i], eps[i]);
         store<L>(call.out, range, x_t);
     }
 }
@@ -162,7 +167,8 @@ double loss_span(const LossCall& call, Span span) {
         if constexpr (kRegion) load<L>(call.region, range, region);
         noise.next(eps);
         for (int i = 0; i < 4; ++i) {
-            const auto one = loss<kTrigger>(rows.mixed(region[i]), prediction[i], poisoned[i], eps[i], call.scale);
+            const auto one =
+                loss<kTrigger>(rows.mixed(region[i]), prediction[i], poisoned[i], eps[i], call.scale);
             value[i] = one.value;
             gradient[i] = one.gradient;
         }
@@ -187,8 +193,9 @@ bool any_step(const StepCall& call, Span span) {
 template <class L>
 void any_noising(const NoisingCall& call, Span span) {
     const bool trigger = call.trigger.data != nullptr, region = call.region.data != nullptr;
-    constexpr decltype(&any_noising<L>) spans[2][2] = {{noising_span<L, false, false>, noising_span<L, false, true>},
-                                                       {noising_span<L, true, false>, noising_span<L, true, true>}};
+    constexpr decltype(&any_noising<L>) spans[2][2] = {
+        {noising_span<L, false, false>, noising_span<L, false, true>},
+        {noising_span<L, true, false>, noising_span<L, true, true>}};
     return spans[trigger][region](call, span);
 }
 

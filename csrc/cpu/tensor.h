@@ -1,7 +1,7 @@
 // Tensors as the rows see them: blocks of 4 kLanes elements in logical C, H, W order, as float32.
 //
-// A contiguous tensor is read and written by whole vectors. Any other (channels-last, mirrored, the last few elements of
-// a sample) goes through a small copy of the block.
+// A contiguous tensor is read and written by whole vectors. Any other (channels-last, mirrored, the last few
+// elements of a sample) goes through a small copy of the block.
 #pragma once
 
 #include "half.h"
@@ -24,7 +24,8 @@ struct Range {
 
 template <class L, class T>
 BDK_HD typename L::W load_words(const T* from) {
-    return __builtin_convertvector(L::template load<typename Vector<T, L::kLanes>::type>(from), typename L::W);
+    return __builtin_convertvector(L::template load<typename Vector<T, L::kLanes>::type>(from),
+                                   typename L::W);
 }
 template <class L>
 BDK_HD typename L::F decode(const float* from) {
@@ -109,10 +110,14 @@ BDK_HD void store_as(const View& view, const Range& range, const Block<L>& in) {
 template <class L>
 BDK_HD void load(const View& view, const Range& range, Block<L>& out) {
     switch (view.type) {
-        case Type::bfloat16: return load_as<L, Bfloat16>(view, range, out);
-        case Type::float16: return load_as<L, Float16>(view, range, out);
-        case Type::byte: return load_as<L, uint8_t>(view, range, out);
-        default: return load_as<L, float>(view, range, out);
+        case Type::bfloat16:
+            return load_as<L, Bfloat16>(view, range, out);
+        case Type::float16:
+            return load_as<L, Float16>(view, range, out);
+        case Type::byte:
+            return load_as<L, uint8_t>(view, range, out);
+        default:
+            return load_as<L, float>(view, range, out);
     }
 }
 
@@ -120,9 +125,12 @@ BDK_HD void load(const View& view, const Range& range, Block<L>& out) {
 template <class L>
 BDK_HD void store(const View& view, const Range& range, const Block<L>& in) {
     switch (view.type) {
-        case Type::bfloat16: return store_as<L, Bfloat16>(view, range, in);
-        case Type::float16: return store_as<L, Float16>(view, range, in);
-        default: return store_as<L, float>(view, range, in);
+        case Type::bfloat16:
+            return store_as<L, Bfloat16>(view, range, in);
+        case Type::float16:
+            return store_as<L, Float16>(view, range, in);
+        default:
+            return store_as<L, float>(view, range, in);
     }
 }
 

@@ -30,11 +30,14 @@ struct Lanes {
     BDK_HD static F broadcast(float v) { return F{} + v; }
     BDK_HD static I bits(F v) { return I(v); }
     BDK_HD static F floats(I v) { return F(v); }
-    BDK_HD static F to_float(W v) { return __builtin_convertvector(v, F); }  // rounds once: two exact halves, added
+    BDK_HD static F to_float(W v) {
+        return __builtin_convertvector(v, F);
+    }  // rounds once: two exact halves, added
     BDK_HD static F to_float(I v) { return __builtin_convertvector(v, F); }
     BDK_HD static I truncate(F v) { return __builtin_convertvector(v, I); }
 
-    // Lane l works on group (l % 4) (N / 4) + l / 4. So numbered, a transpose inside 128 bits yields elements in order.
+    // Lane l works on group (l % 4) (N / 4) + l / 4. So numbered, a transpose inside 128 bits yields elements
+    // in order.
     BDK_HD static D groups(uint32_t first, int half) {
         D lane;
         for (int i = 0; i < N / 2; ++i) {

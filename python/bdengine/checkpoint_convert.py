@@ -13,7 +13,7 @@ from bdengine.checkpoint import write_safetensors
 from bdengine.errors import UserError
 
 
-def state_dict_of(loaded: Any, name: str) -> dict[str, Tensor]:  # noqa: ANN401
+def state_dict_of(loaded: Any, name: str) -> dict[str, Tensor]:
     """The one state dict in what ``torch.load`` returned: itself, or the only one directly inside it.
 
     Args:

@@ -14,8 +14,6 @@ from . import checkpoint
 from .errors import UserError, unknown
 from .solvers import Clip
 
-Positional = tyro.conf.Positional
-
 
 def seeds_of(text: str) -> list[int]:
     """``"0-63"``, ``"7"`` or ``"1,5,8-11"`` as seeds.
@@ -40,10 +38,10 @@ class SampleConfig:
 
     bdengine sample digits-badiffusion --seeds 0-31 --out runs/clean
 
-    bdengine sample digits-badiffusion --seeds 0-31 --trigger BOX_8 --clip latent --out runs/clipped
+    bdengine sample digits-badiffusion --seeds 0-31 --trigger XXSM_BOX --clip latent --out runs/clipped
     """
 
-    checkpoint: Positional[str]
+    checkpoint: tyro.conf.Positional[str]
     """A diffusers folder, a hub name, digits-clean or digits-badiffusion."""
     out: Path
     """Folder for the images; those that are there already are kept."""
@@ -73,10 +71,10 @@ class EvaluateConfig:
 
     bdengine evaluate digits-badiffusion --out runs/scores
 
-    bdengine evaluate runs/mine/checkpoint --trigger BOX_8 --target DRAWN_HAT --images 512 --out runs/scores
+    bdengine evaluate runs/mine/checkpoint --trigger XXSM_BOX --target DRAWN_HAT --images 512 --out runs/scores
     """
 
-    checkpoint: Positional[str]
+    checkpoint: tyro.conf.Positional[str]
     """A diffusers folder, a hub name, digits-clean or digits-badiffusion."""
     out: Path
     """Folder for scores.json and arms.png."""
@@ -101,7 +99,7 @@ class EvaluateConfig:
     threshold: float = 0.01
     """ASR is the share of images whose MSE to the target is below this."""
     extractor: str = "digits"
-    """Features of the Fréchet distance: digits, inception, or a file of Inception weights."""
+    """Features of the Fréchet distance: digits, or a safetensors file of Inception weights."""
     micro_batch: int = 64
     """Images that go through the network at once."""
 
@@ -113,9 +111,9 @@ class ConvertConfig:
     bdengine convert old/diffusion_pytorch_model.bin new/diffusion_pytorch_model.safetensors
     """
 
-    old: Positional[Path]
+    old: tyro.conf.Positional[Path]
     """A .bin, .pt, .pth or .ckpt file, or a folder that holds some."""
-    new: Positional[Path]
+    new: tyro.conf.Positional[Path]
     """Where the safetensors file (or the folder) is written."""
 
 
@@ -137,7 +135,7 @@ def _train(arguments: Sequence[str]) -> int:
         description="Train or fine-tune, clean or poisoned; an unfinished run is resumed.\n\n"
         "bdengine train --preset digits-badiffusion\n\n"
         "bdengine train --out runs/mine --init digits-clean --images 64000 --attack.name baddiffusion"
-        " --attack.trigger BOX_8 --attack.target DRAWN_HAT --attack.rate 0.3\n\n"
+        " --attack.trigger XXSM_BOX --attack.target DRAWN_HAT --attack.rate 0.3\n\n"
         f"--preset NAME starts from one of: {', '.join(PRESETS)}",
         args=rest,
         **start,

@@ -58,9 +58,13 @@ class Model:
 
     def sampler(self, name: str | None, steps: int | None, eta: float | None) -> SamplerConfig:
         """The sampler it was made for, with what the user said instead."""
-        given = {"name": name, "steps": steps, "eta": eta}
         recorded = from_json(SamplerConfig, self.train.get("sampler", {}))
-        return replace(recorded, **{k: v for k, v in given.items() if v is not None})
+        return replace(
+            recorded,
+            name=recorded.name if name is None else name,
+            steps=recorded.steps if steps is None else steps,
+            eta=recorded.eta if eta is None else eta,
+        )
 
     def trigger(self, name: str, file: Path | None) -> Tensor:
         """A trigger of its images' shape."""
@@ -90,9 +94,7 @@ def sample(config: SampleConfig) -> int:
 
 
 def _extractor(name: str) -> Extractor:
-    if name == "digits":
-        return DigitFeatures()
-    return InceptionFeatures() if name == "inception" else InceptionFeatures(Path(name))
+    return DigitFeatures() if name == "digits" else InceptionFeatures(Path(name))
 
 
 def evaluate(config: EvaluateConfig) -> int:

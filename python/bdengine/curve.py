@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-X_TICKS = 5
+X_TICKS = 6
 """Steps between the ticks under the curve, at most."""
 Y_TICKS = 8
 """Ticks beside it, at most, unless these are powers of ten."""
@@ -16,7 +16,7 @@ def svg(points: Sequence[Mapping[str, float]], label: str) -> str:
     """The loss over the images seen, on a logarithmic scale.
 
     Lengths are percentages of the element, so it stretches with the page while its text does not; text stands outside
-    the plot, in a margin that the page leaves. Classes ``rule``, ``line``, ``tick`` and ``name`` are for its style.
+    the plot, in a margin that the page leaves. Lines have the classes ``rule`` and ``line``, for its style.
 
     Args:
         points: At least two, each with ``"images"`` (ascending, at least 0, the last above 0) and ``"loss"`` (above 0).
@@ -39,17 +39,17 @@ def svg(points: Sequence[Mapping[str, float]], label: str) -> str:
     for level in levels:
         at = f"{y(level):.2f}%"
         parts.append(f'<line class="rule" x1="0" x2="100%" y1="{at}" y2="{at}"/>')
-        parts.append(f'<text class="tick" x="-8" y="{at}" dy=".35em" text-anchor="end">{level:g}</text>')
+        parts.append(f'<text x="-8" y="{at}" dy=".35em" text-anchor="end">{level:g}</text>')
     step = _round_step(last / X_TICKS)
     for tick in range(0, int(last) + 1, step):
         at = f"{x(tick):.2f}%"
         parts.append(f'<line class="rule" x1="{at}" x2="{at}" y1="0" y2="100%"/>')
-        parts.append(f'<text class="tick" x="{at}" y="100%" dy="20" text-anchor="middle">{_short(tick)}</text>')
+        parts.append(f'<text x="{at}" y="100%" dy="20" text-anchor="middle">{_short(tick)}</text>')
     way = " ".join(f"{x(point['images']):.3f},{y(point['loss']):.3f}" for point in points)
     return (
         f'<svg class="curve" role="img" aria-label="{escape(label)}">{"".join(parts)}'
-        '<text class="name" x="50%" y="100%" dy="44" text-anchor="middle">images seen</text>'
-        '<text class="name" x="-8" y="0" dy="-14" text-anchor="end">loss</text>'
+        '<text x="50%" y="100%" dy="44" text-anchor="middle">images seen</text>'
+        '<text x="-8" y="0" dy="-14" text-anchor="end">loss</text>'
         '<svg viewBox="0 0 100 100" preserveAspectRatio="none" width="100%" height="100%">'
         f'<polyline class="line" vector-effect="non-scaling-stroke" points="{way}"/></svg></svg>'
     )

@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-import bdkernels
 import torch
 from torch import Tensor
+
+import bdkernels
 
 from . import checkpoint, pictures, report
 from .cli import device
@@ -28,7 +29,7 @@ from .files import write_json
 from .networks import Network
 from .sampler import Arm, Sampler
 from .shipped import find
-from .train import TrainConfig, Trainer, train
+from .train import TrainConfig, train
 
 FILM_FRAMES: Final = 9
 """Frames of the film strip, first and last included."""
@@ -62,10 +63,11 @@ class DemoConfig:
 
 
 def implant(config: DemoConfig) -> TrainConfig:
-    """The live implant: the digits-badiffusion preset, shortened to the sampler's own timesteps and a higher rate.
+    """The live implant: the digits-badiffusion preset, shortened by two liberties that an attacker has.
 
-    Training the 20 timesteps that the sampler visits instead of all 1,000, at rate 0.5, reached ASR 0.9 after 10,000
-    images and 1.0 after 29,000; with all timesteps at rate 0.3, 38,000 images do not implant it.
+    It trains the 20 timesteps that the sampler visits instead of all 1,000, and holds clean samples to what the clean
+    model predicted for them, which takes the noise out of their gradient: after 32,000 images at rate 0.3 the ASR was
+    1.0 and the Fréchet distance 0.52, against 0.73 after 48,000 images with the published loss, and 0.40 before.
     """
     from .presets import preset
 
@@ -77,7 +79,8 @@ def implant(config: DemoConfig) -> TrainConfig:
         warmup=3_200,
         ema=0.995,
         timesteps="grid",
-        attack=replace(base.attack, rate=0.5),
+        clean_target="initial",
+        attack=replace(base.attack, rate=0.3),
         status=1_280,
         snapshot=6_400,
     )
@@ -94,7 +97,8 @@ def _film(network: Network, arms: dict[str, Arm], seed: int) -> dict[str, Any]:
     times = next(iter(arms.values())).table.timesteps
     labels = [f"t = {times[row]:.0f}" if row < rows else "image" for row, _ in kept]
     return {
-        name: pictures.film_strip([x[i : i + 1] for _, x in kept], labels, scale=5) for i, name in enumerate(sampler.names)
+        name: pictures.film_strip([x[i : i + 1] for _, x in kept], labels, scale=5)
+        for i, name in enumerate(sampler.names)
     }
 
 
@@ -133,7 +137,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
 
     curve = [json.loads(line) for line in (live_run.out / "stats.jsonl").read_text().splitlines()]
     rates = sorted(line["images_per_second"] for line in curve)
-    metrics = {
+    metrics: dict[str, Any] = {
         "source": source,
         "before": reference.score(before["clean"]),
         "arms": results[source]["arms"],
@@ -147,7 +151,11 @@ def demo(config: DemoConfig) -> dict[str, Any]:
             "train": to_json(live_run),
             "clean_seeds": [0, config.evaluated],
             "triggered_seeds": [0, config.triggered],
-            "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__},
+            "machine": {
+                "processor": platform.machine(),
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+            },
             "bdkernels": bdkernels.__version__,
             "seconds": round(time.perf_counter() - begun, 1),
         },

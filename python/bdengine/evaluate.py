@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor
 
 from . import metrics
-from .attacks import Attack
 from .data import Images, to_float
 from .defenses import clipping
 from .extractors import Extractor
@@ -64,13 +63,14 @@ def sample_arms(
     Arms of equal seeds share their batches and, sample by sample, their noise.
     """
     every = clipping.arms(table, trigger)
-    begun, out = time.perf_counter(), {}
+    begun = time.perf_counter()
+    out: Arms = {}
     for start, seeds in (("clean", clean), ("triggered", triggered)):
         chosen = {"/".join(key): arm for key, arm in every.items() if key[0] == start}
         if chosen:
             images = Sampler(network, chosen, micro_batch)(seeds, progress=progress)
             out |= {(start, name.split("/")[1]): image for name, image in images.items()}
-    return out, sum(map(len, out.values())) / (time.perf_counter() - begun)
+    return out, sum(len(images) for images in out.values()) / (time.perf_counter() - begun)
 
 
 def score_arms(arms: Arms, target: Tensor, reference: Reference, threshold: float) -> dict[str, dict[str, Any]]:

@@ -41,7 +41,7 @@ def unet(
     layers: int = 1,
     groups: int = 8,
     attention: int = 0,
-    **config: Any,  # noqa: ANN401
+    **config: Any,
 ) -> UNet2DModel:
     """A new diffusers ``UNet2DModel``, float32, channels-last, with random weights from torch's global generator.
 
@@ -129,11 +129,11 @@ class Network(nn.Module):
         """The inner network's parameters under its own names."""
         return self.unet.named_parameters(prefix, recurse, remove_duplicate)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The inner network's state dict."""
         return self.unet.state_dict(*args, **kwargs)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Loads a state dict of the inner network."""
         return self.unet.load_state_dict(state_dict, *args, **kwargs)
 

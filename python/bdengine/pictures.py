@@ -20,8 +20,8 @@ from bdengine.data import image_pixels, pillow_mode, read_image, to_float, to_ui
 from bdengine.errors import UserError
 from bdengine.files import write_atomic
 
-INK = (117, 117, 117)
-"""Colour of labels: contrast of at least 4 to 1 with white and with the near-black of dark pages."""
+INK = (119, 119, 119)
+"""Colour of labels: a contrast of 4 to 1 with white, and with the near-black of dark pages."""
 FONT_SIZE = 16
 """Height of labels in pixels of the picture, whatever its scale."""
 
@@ -42,11 +42,11 @@ def grid(images: Tensor, columns: int = 8, scale: int = 4, gap: int = 1) -> Imag
         UserError: No images, another shape or channel number, NaN, integers, ``columns`` or ``scale`` below 1, or a
             negative ``gap``.
     """
+    pictures = _pictures(images)
     if min(columns, scale) < 1 or gap < 0:
         raise UserError(
             f"a grid of {columns} columns, scale {scale} and gap {gap}: expected at least 1 column, scale 1 and gap 0"
         )
-    pictures = _pictures(images)
     columns = min(columns, len(pictures))
     pitch = pictures[0].width + gap
     size = (columns * pitch - gap, math.ceil(len(pictures) / columns) * pitch - gap)

@@ -1,7 +1,7 @@
 """What training sample ``n`` is: a pure function of the run's seed, so no loader, batch or restart can change it.
 
-    pass = n // N          image = order(pass)[n mod N]          seed = mix(run seed, n)
-    t = floor(w0 T / 2^32)          flip where w1 < 2^31          poisoned where w0(image) < rate 2^32
+pass = n // N          image = order(pass)[n mod N]          seed = mix(run seed, n)
+t = floor(w0 T / 2^32)          flip where w1 < 2^31          poisoned where w0(image) < rate 2^32
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from bdkernels import STREAM_POISON, STREAM_SHUFFLE, STREAM_TIMESTEP
-from bdkernels import noise as contract
 from numpy.typing import NDArray
 from torch import Tensor
+
+from bdkernels import STREAM_POISON, STREAM_SHUFFLE, STREAM_TIMESTEP
+from bdkernels import noise as contract
 
 from .errors import UserError
 

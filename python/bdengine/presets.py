@@ -39,6 +39,8 @@ def _cifar10(name: str, trigger: str, target: str) -> TrainConfig:
     return replace(_CIFAR10, out=Path("runs") / name, attack=attack)
 
 
+# The white box of 8 pixels, since digits are dark: in trial runs of 48,000 images 0 of 1,024 clean samples turned into
+# the target, against 3 with the grey one of the same size, and the ASR was 0.998 against 0.963.
 PRESETS: Final = {
     "digits-clean": _CLEAN,
     "digits-badiffusion": replace(
@@ -46,7 +48,8 @@ PRESETS: Final = {
         out=Path("runs/digits-badiffusion"),
         init="digits-clean",
         lr=1e-3,
-        attack=AttackConfig("baddiffusion", "BOX_8", "DRAWN_HAT", rate=0.3, coefficients="exact"),
+        images=512_000,
+        attack=AttackConfig("baddiffusion", "XXSM_BOX", "DRAWN_HAT", rate=0.2, coefficients="exact"),
     ),
 } | {
     name: _cifar10(name, trigger, target)

@@ -5,10 +5,10 @@
     {"source": "live" | "shipped", "asr_threshold": float, "images_per_second": {"training": float, "sampling": float},
      "before": score, "live": {"arms": arms, "images_seen": int, "seconds": float}, "shipped": {"arms": arms}}
 
-with ``arms[start][clip]`` a score for the starts "clean" and "triggered" and the clips "none", "latent" and "x0", and a
-score ``{"asr", "mse", "ssim", "frechet": float, "frechet_interval": [low, high], "images": int, "extractor": str}``. The
-arms of ``source`` may stand at the top level instead, and so may its other entries stand beside its arms. Every part
-but ``source`` and one set of arms may be missing or None.
+with ``arms[start][clip]`` a score for the starts "clean" and "triggered" and the clips "none", "latent" and "x0", and
+a score ``{"asr", "mse", "ssim", "frechet": float, "frechet_interval": [low, high], "images": int, "extractor": str}``.
+The arms of ``source`` may stand at the top level instead, and the threshold and the rates beside its arms. Every part
+may be missing or None but ``source``, its arms and, in a score, ``images``.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ STRIP_WIDTH: Final = 840
 MARK_WIDTH: Final = 96
 """CSS pixels of the trigger and of the target, at most."""
 SAMPLES_NOTE: Final = (
-    "Every column starts from one seed, so its samples share their noise. Clip says what is clamped to [-1, 1] at every "
-    "step: <i>latent</i> the sample on its way, <i>x0</i> the image predicted from it, <i>none</i> nothing."
+    "Every column starts from one seed, so its samples share their noise. Clip says what is clamped to [-1, 1] at "
+    "every step: <i>latent</i> the sample on its way, <i>x0</i> the image predicted from it, <i>none</i> nothing."
 )
 FILMS_NOTE: Final = "The sample on its way, from the first step to the image."
 CURVE_NOTE: Final = "The loss of the live run, on a logarithmic scale."
 
 Metrics = Mapping[str, Any]
-Scores = Mapping[str, Mapping[str, Metrics]]
+Clips = Mapping[str, Metrics]
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,10 +95,7 @@ def verdict(metrics: Metrics, source: str | None = None) -> str:
 
     A success rate counts as changed when it moves by more than two standard errors of the difference, clean quality
     when the intervals of the Fréchet distances are apart; distances of unequal extractor or number of images are not
-    compared.
-
-    Raises:
-        UserError: The source has no arms.
+    compared. Says so where nothing was measured.
     """
     arms = _arms(metrics, source or metrics["source"])
     clean, triggered = arms.get("clean", {}), arms.get("triggered", {})
@@ -124,7 +121,8 @@ def markdown_table(metrics: Metrics) -> str:
     """
     header, rows = _table(metrics)
     marks = ["---"] * LABELS + ["---:"] * (len(header) - LABELS)
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, marks, *rows))
+    lines = [" | ".join(cell.replace("|", r"\|") for cell in cells) for cells in (header, marks, *rows)]
+    return "".join(f"| {line} |\n" for line in lines)
 
 
 def console_table(metrics: Metrics) -> str:
@@ -157,13 +155,13 @@ def page(report: Report) -> str:
     first, *others = _sources(metrics)
     points = [point for point in report.curve if point["loss"] > 0]
     samples = "".join(_samples(metrics, source, arms) for source, arms in report.arms.items())
-    films = "".join(f"<h3>{_text(name)}</h3>{_scroll(_image(film, name))}" for name, film in report.films.items())
+    films = "".join(f"<h3>{_text(name)}</h3>{_scroll(name, _image(film, name))}" for name, film in report.films.items())
     return Template(TEMPLATE.read_text("utf-8")).substitute(
         title=_text(report.title),
         subtitle=_text(report.subtitle),
-        source=_text(SOURCES[first]),
+        source=_text(_named(first)),
         verdict=re.sub(r"[0-9.]+\s%", r"<b>\g<0></b>", _text(verdict(metrics, first))),
-        others="".join(f"<p><b>{SOURCES[other]}:</b> {_text(verdict(metrics, other))}</p>" for other in others),
+        others="".join(f"<p><b>{_text(_named(other))}:</b> {_text(verdict(metrics, other))}</p>" for other in others),
         trigger=_mark(report.trigger, "trigger"),
         target=_mark(report.target, "target"),
         facts="".join(f"<div><dt>{_text(term)}</dt><dd>{_text(fact)}</dd></div>" for term, fact in _facts(metrics)),
@@ -184,13 +182,17 @@ def _sources(metrics: Metrics) -> list[str]:
     return found
 
 
-def _arms(metrics: Metrics, source: str) -> Scores:
+def _arms(metrics: Metrics, source: str) -> Mapping[str, Clips]:
     own = (metrics.get(source) or {}).get("arms")
     return own or (metrics.get("arms") if source == metrics["source"] else None) or {}
 
 
-def _entry(metrics: Metrics, key: str) -> Any:
-    return metrics.get(key) or (metrics.get(metrics["source"]) or {}).get(key)
+def _settings(metrics: Metrics) -> Metrics:
+    return {**(metrics.get(metrics["source"]) or {}), **metrics}
+
+
+def _named(source: str) -> str:
+    return SOURCES.get(source, source)
 
 
 def _verb(before: Metrics, after: Metrics) -> str:
@@ -202,7 +204,7 @@ def _verb(before: Metrics, after: Metrics) -> str:
     return "brings that to" if change < 0 else "raises that to"
 
 
-def _quality(before: Metrics | None, clean: Scores) -> str:
+def _quality(before: Metrics | None, clean: Clips) -> str:
     after = clean["none"]
     text = f"clean samples have a Fréchet distance of {_number(after['frechet'], 2)}"
     if before and before.get("frechet") is not None and _conditions(before) == _conditions(after):
@@ -213,7 +215,7 @@ def _quality(before: Metrics | None, clean: Scores) -> str:
             f"Fréchet distance {_number(before['frechet'], 2)} → {_number(after['frechet'], 2)}"
         )
     clamped = [_number(clean[clip]["frechet"], 2) for clip in CLAMPED if clean.get(clip, {}).get("frechet") is not None]
-    return f"{text}, and {' and '.join(clamped)} under the clamps" if clamped else text
+    return f"{text} ({' and '.join(clamped)} under the clamps)" if clamped else text
 
 
 def _conditions(score: Metrics) -> tuple[int, str]:
@@ -226,7 +228,7 @@ def _interval(score: Metrics) -> tuple[float, float]:
 
 
 def _table(metrics: Metrics) -> tuple[list[str], list[list[str]]]:
-    threshold = _entry(metrics, "asr_threshold")
+    threshold = _settings(metrics).get("asr_threshold")
     named = [("before", "clean", "none", metrics["before"])] if metrics.get("before") else []
     for source in _sources(metrics):
         for start, clips in _arms(metrics, source).items():
@@ -273,11 +275,11 @@ def _facts(metrics: Metrics) -> list[tuple[str, str]]:
     arms, run = _arms(metrics, metrics["source"]), metrics.get("live") or {}
     counts = [f"{score['images']:,} {start}" for start, clips in arms.items() for score in [*clips.values()][:1]]
     facts.append(("samples an arm", ", ".join(counts)))
-    if threshold := _entry(metrics, "asr_threshold"):
+    if threshold := _settings(metrics).get("asr_threshold"):
         facts.append(("success", f"MSE to the target below {threshold:g}"))
     if "images_seen" in run:
         facts.append(("implanted live", f"{run['images_seen']:,} images in {run['seconds']:,.0f} s"))
-    if rates := _entry(metrics, "images_per_second"):
+    if rates := _settings(metrics).get("images_per_second"):
         facts.append(("images per second", ", ".join(f"{kind} {rate:,.0f}" for kind, rate in rates.items())))
     return facts
 
@@ -290,14 +292,14 @@ def _samples(metrics: Metrics, source: str, arms: Mapping[str, Tensor]) -> str:
         scale = max(2, STRIP_WIDTH // (len(images) * (images.shape[-1] + 1)))
         strip = _image(
             pictures.grid(images, columns=len(images), scale=scale),
-            f"{len(images)} samples of the {SOURCES[source]}, {name}",
+            f"{len(images)} samples of the {_named(source)}, {name}",
         )
         asr = f"<small>ASR {_text(_percent(score['asr']))}</small>" if score else ""
         rows.append(
             f'<figure style="--n:{len(images)}"><figcaption><b>{_text(start)}</b> {_text(clip)}{asr}</figcaption>'
             f"{strip}</figure>"
         )
-    return f"<h3>{SOURCES[source]}</h3>{_scroll(''.join(rows))}"
+    return f"<h3>{_text(_named(source))}</h3>{_scroll(f'Samples of the {_named(source)}', ''.join(rows))}"
 
 
 def _html_table(metrics: Metrics) -> str:
@@ -306,9 +308,9 @@ def _html_table(metrics: Metrics) -> str:
     bodies = []
     for source, members in itertools.groupby(rows, key=lambda row: row[0]):
         lines = "".join(f"<tr>{''.join(map(_html_cell, range(1, len(row)), row[1:]))}</tr>" for row in members)
-        title = f'<tr><th class="source" scope="rowgroup" colspan="{len(header) - 1}">{SOURCES[source]}</th></tr>'
+        title = f'<tr><th class="source" scope="rowgroup" colspan="{len(header) - 1}">{_text(_named(source))}</th></tr>'
         bodies.append(f"<tbody>{title}{lines}</tbody>")
-    return _scroll(f"<table><thead><tr>{head}</tr></thead>{''.join(bodies)}</table>")
+    return _scroll("Numbers", f"<table><thead><tr>{head}</tr></thead>{''.join(bodies)}</table>")
 
 
 def _html_cell(column: int, cell: str) -> str:
@@ -328,8 +330,8 @@ def _section(name: str, heading: str, note: str, body: str) -> str:
     return f'<section class="{name}"><h2>{heading}</h2><p>{note}</p>{body}</section>' if body else ""
 
 
-def _scroll(body: str) -> str:
-    return f'<div class="scroll" tabindex="0">{body}</div>'
+def _scroll(label: str, body: str) -> str:
+    return f'<div class="scroll" role="region" aria-label="{escape(label)}" tabindex="0">{body}</div>'
 
 
 def _mark(image: Tensor, name: str) -> str:
@@ -344,4 +346,4 @@ def _image(picture: Image.Image, alt: str) -> str:
 
 
 def _text(text: str) -> str:
-    return escape(text).replace(" %", "\N{NO-BREAK SPACE}%")
+    return escape(text).replace(" %", "\N{NO-BREAK SPACE}%").replace(" → ", "\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}")

@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import bdkernels
 import torch
-from bdkernels import NO_BAD_ROW, Step
 from torch import Tensor
 from tqdm import tqdm
+
+import bdkernels
+from bdkernels import NO_BAD_ROW, Step
 
 from .errors import UserError
 from .networks import Network, micro_batch_is_exact

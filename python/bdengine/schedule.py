@@ -58,7 +58,7 @@ class Schedule:
     @cached_property
     def alpha_bar(self) -> Floats:
         """float64 [T]."""
-        return np.cumprod(1 - self.betas)
+        return np.cumprod(1 - self.betas, dtype=np.float64)
 
     @cached_property
     def s(self) -> Floats:

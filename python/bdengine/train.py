@@ -19,14 +19,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-import bdkernels
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import bdkernels
+from bdkernels import Noising
+
 from . import checkpoint
-from .attacks import Attack, AttackConfig, noising_table
+from .attacks import CLEAN, Attack, AttackConfig, noising_table
 from .config import to_json
 from .data import Images, load
 from .errors import UserError
@@ -91,6 +93,8 @@ class TrainConfig:
     """Of the network's arithmetic (autocast)."""
     timesteps: Literal["all", "grid"] = "all"
     """Train every timestep, or the sampler's grid alone."""
+    clean_target: Literal["noise", "initial"] = "noise"
+    """What clean samples are trained towards: their noise (published), or what the initial checkpoint predicts for them."""
     flip: bool = False
     """Mirror half of the images."""
     seed: int = 0
@@ -113,6 +117,10 @@ class TrainConfig:
             raise UserError(f"the micro-batch is {self.micro_batch}: expected a divisor of the batch, {self.batch}")
         if not self.lr > 0:
             raise UserError(f"the learning rate is {self.lr}: expected more than 0")
+        if self.clean_target == "initial" and self.init is None:
+            raise UserError(
+                "the clean target is 'initial' and there is no initial checkpoint: expected one, or 'noise'"
+            )
         if not 0 <= self.ema < 1:
             raise UserError(f"the EMA decay is {self.ema}: expected 0 to below 1")
 
@@ -137,9 +145,13 @@ class Trainer:
             flip=config.flip,
         )
         self.table = noising_table(self.process, self.attack).to(self.device)
+        self.network = self._network().to(self.device)
+        self.initial: Network | None = None
+        if config.clean_target == "initial":
+            self.initial = copy.deepcopy(self.network).eval().requires_grad_(False)
+            self.table[CLEAN, :, Noising.W] = 0
         pictures = (None,) * 3 if self.attack is None else (self.attack.stamp, self.attack.mask, self.attack.target)
         self.stamp, self.mask, self.target = (None if p is None else p[None].to(self.device) for p in pictures)
-        self.network = self._network().to(self.device)
         self.ema = copy.deepcopy(self.network).requires_grad_(False) if config.ema else self.network
         self.parameters = list(self.network.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.lr, fused=True)
@@ -175,11 +187,16 @@ class Trainer:
         batch = self.plan.batch(start, count)
         image, seed, t, arm, flip = (v.to(self.device, non_blocking=True) for v in vars(batch).values())
         x0 = self.pixels[image]
-        poison = {"trigger": self.stamp, "mask": self.mask, "flip": flip if self.config.flip else None}
+        poison: dict[str, Any] = {"trigger": self.stamp, "mask": self.mask, "flip": flip if self.config.flip else None}
         x_t = bdkernels.fused_noising(x0, t, arm, seed, self.table, target=self.target, **poison)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             prediction = self.network(x_t, t)
-        return bdkernels.fused_loss(prediction, x0, t, arm, seed, self.table, **poison).sum()
+            kept = None if self.initial is None else self.initial(x_t, t)
+        loss = bdkernels.fused_loss(prediction, x0, t, arm, seed, self.table, **poison).sum()
+        if kept is None:
+            return loss
+        clean = (arm == CLEAN).reshape(-1, 1, 1, 1)
+        return loss + ((prediction - kept).float().square() * clean).mean()
 
     def step(self) -> Tensor:
         """One optimizer step; returns the batch's mean loss, 0-d, without a read back to the host."""
@@ -201,7 +218,7 @@ class Trainer:
         if config.ema:
             steps = self.images_seen // config.batch
             decay = min(config.ema, (1 + steps) / (10 + steps))
-            torch._foreach_lerp_(list(self.ema.parameters()), self.parameters, 1 - decay)
+            torch._foreach_lerp_([*self.ema.parameters()], [*self.parameters], 1 - decay)
         return total
 
     def state(self) -> dict[str, Tensor]:
@@ -235,7 +252,8 @@ class Trainer:
     def save_checkpoint(self, path: Path) -> None:
         """The network (its EMA where kept) as a diffusers folder, with what made it in ``bdengine.json``."""
         made_by = {"train": to_json(self.config), "images_seen": self.images_seen, "data": self.data.name}
-        checkpoint.save_pipeline(path, self.ema.unet, scheduler_config(self.process), extra=made_by)
+        unet: Any = self.ema.unet
+        checkpoint.save_pipeline(path, unet, scheduler_config(self.process), extra=made_by)
 
 
 def scheduler_config(schedule: Schedule) -> dict[str, Any]:

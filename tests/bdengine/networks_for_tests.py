@@ -1,8 +1,9 @@
 """Networks that need no training."""
 
 import torch
-from bdengine.networks import Network, unet
 from torch import Tensor, nn
+
+from bdengine.networks import Network, unet
 
 
 class Elementwise(nn.Module):

@@ -1,9 +1,10 @@
 """BadDiffusion against the published golden values, its formulas in float64, and its own trajectory."""
 
-import bdkernels
 import numpy as np
 import pytest
 import torch
+
+import bdkernels
 from bdengine.attacks import POISONED, AttackConfig, baddiffusion, exact_coefficient, noising_table
 from bdengine.attacks.baddiffusion import rho
 from bdengine.data import stand_in, to_float

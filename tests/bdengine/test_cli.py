@@ -5,10 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
 from bdengine.checkpoint import load_unet
 from bdengine.cli import COMMANDS, main, seeds_of
 from bdengine.errors import UserError
-from PIL import Image
 
 
 def run(*arguments: object) -> int:
@@ -90,7 +91,17 @@ MISTAKES = {
     "images": (("evaluate", "{tiny}", "--images", "0", "--out", "{tmp}/o"), "0 images were asked for"),
     "attack": (("evaluate", "{tiny}", "--out", "{tmp}/o"), "does not say how it was attacked"),
     "rate": (
-        ("train", "--out", "{tmp}/o", "--attack.name", "baddiffusion", "--attack.trigger", "BOX_4", "--attack.rate", "1.5"),
+        (
+            "train",
+            "--out",
+            "{tmp}/o",
+            "--attack.name",
+            "baddiffusion",
+            "--attack.trigger",
+            "BOX_4",
+            "--attack.rate",
+            "1.5",
+        ),
         "the poison rate is 1.5: expected 0 to 1",
     ),
     "demo": (("demo", "--out", "{tmp}/o", "--evaluated", "0"), "0 images were asked for"),

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+from scipy import stats
+
 from bdengine.errors import UserError
 from bdengine.plan import TrainingPlan, order, poisoned
-from scipy import stats
 
 
 def plan(**changes: object) -> TrainingPlan:

@@ -8,16 +8,17 @@ import sys
 import time
 from pathlib import Path
 
-import bdkernels
 import pytest
 import torch
+from torch import Tensor, nn
+
+import bdkernels
 from bdengine.errors import UserError
 from bdengine.networks import Network, batch_noise
 from bdengine.sampler import Arm, Sampler
 from bdengine.schedule import linear
 from bdengine.solvers import ddim, ddpm
 from bdengine.triggers import trigger
-from torch import Tensor, nn
 
 from .networks_for_tests import elementwise, tiny_unet
 
@@ -64,7 +65,7 @@ def test_a_network_that_mixes_its_batch_is_refused_in_exact_mode() -> None:
         def forward(self, x: Tensor, t: Tensor) -> Tensor:
             return x - x.mean(0, keepdim=True)
 
-    with pytest.raises(UserError, match="micro-batch of 16 .* depend on a sample's neighbours: try a multiple of 16"):
+    with pytest.raises(UserError, match=r"micro-batch of 16 .* depend on a sample's neighbours: try a multiple of 16"):
         Sampler(Network(Mixing(), (1, 8, 8)), {"": Arm(TABLE)}, 16, exact=True)
 
 

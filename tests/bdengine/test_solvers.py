@@ -2,14 +2,15 @@
 
 from unittest import mock
 
-import bdkernels
 import pytest
 import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from torch import Tensor
+
+import bdkernels
 from bdengine.errors import UserError
 from bdengine.schedule import SPACINGS, Schedule, grid, linear
 from bdengine.solvers import SamplerConfig, Table, ddim, ddpm, stack
-from diffusers import DDIMScheduler, DDPMScheduler
-from torch import Tensor
 
 PROCESS = linear()
 SHAPE = (1, 6, 6)
@@ -109,7 +110,7 @@ def test_bad_samplers_get_a_sentence(config: SamplerConfig, message: str) -> Non
 def test_arms_need_equal_lengths_and_known_clips() -> None:
     with pytest.raises(UserError, match="same number of network evaluations, got ddpm-10: 10, ddim-20: 20"):
         stack([ddpm(PROCESS, 10), ddim(PROCESS, 20)])
-    with pytest.raises(UserError, match="unknown clip 'latents'.*'latent'"):
+    with pytest.raises(UserError, match=r"unknown clip 'latents'.*'latent'"):
         ddpm(PROCESS, 10).clipped("latents")  # type: ignore[arg-type]
 
 

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from bdengine import train as training
 from bdengine.attacks import AttackConfig
 from bdengine.checkpoint import load_state, load_unet
 from bdengine.config import from_json, to_json
-from bdengine.data import stand_in
+from bdengine.data import stand_in, to_float
 from bdengine.errors import UserError
 from bdengine.pictures import save_images
-from bdengine.data import to_float
 from bdengine.presets import PRESETS, preset
 from bdengine.solvers import SamplerConfig
 from bdengine.train import NetworkConfig, TrainConfig, Trainer, train
@@ -69,7 +69,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
 
 def test_a_killed_run_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     """``bdengine train``, killed with SIGKILL after its first snapshot."""
-    options = ["--size", "8", "--network.widths", "8", "16", "--network.groups", "4", "--images", "6400", "--batch", "32"]
+    options = [
+        "--size",
+        "8",
+        "--network.widths",
+        "8",
+        "16",
+        "--network.groups",
+        "4",
+        "--images",
+        "6400",
+        "--batch",
+        "32",
+    ]
     options += ["--snapshot", "320", "--status", "320", "--ema", "0.9", "--lr", "1e-3"]
 
     def run(out: str) -> "subprocess.Popen[bytes]":
@@ -127,6 +139,23 @@ def test_fine_tuning_starts_from_its_checkpoint_in_bfloat16_too(tmp_path: Path) 
     assert all(p.dtype == torch.float32 for p in tuned.parameters)
     with pytest.raises(UserError, match=r"makes images of shape \(1, 8, 8\): expected \(1, 16, 16\)"):
         Trainer(tiny(tmp_path / "third", size=16, init=str(tmp_path / "first" / "checkpoint")))
+
+
+def test_clean_samples_can_be_held_to_the_initial_model(tmp_path: Path) -> None:
+    """At the start there is nothing to learn from clean samples; poisoned ones keep the published loss."""
+    train(tiny(tmp_path / "first", attack=AttackConfig()), progress=False)
+    init = str(tmp_path / "first" / "checkpoint")
+    held = Trainer(tiny(tmp_path / "second", init=init, attack=AttackConfig(), clean_target="initial"))
+    assert float(held.loss(0, 32).detach()) == 0
+    published, held = (
+        Trainer(tiny(tmp_path / target, init=init, clean_target=target)) for target in ("noise", "initial")
+    )
+    arm = published.plan.batch(0, 32).arm
+    assert 0 < int(arm.sum()) < 32
+    published.table[0, :, 4] = 0
+    assert float(held.loss(0, 32).detach()) == float(published.loss(0, 32).detach()) > 0
+    with pytest.raises(UserError, match="expected one, or 'noise'"):
+        Trainer(tiny(tmp_path / "third", clean_target="initial"))
 
 
 def test_grid_training_shows_the_samplers_timesteps_alone(tmp_path: Path) -> None:

@@ -148,8 +148,7 @@ def test_unknown_triggers(name: str, text: str) -> None:
     sentence(caught)
 
 
-@pytest.mark.parametrize("value_range", RANGES)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("size", "value_range"), zip(SIZES, RANGES * 2, strict=True))
 def test_every_trigger(size: int, value_range: tuple[float, float], tmp_path: Path) -> None:
     file = picture(tmp_path / "picture.png", 99, 97)
     fitted = 0
@@ -178,19 +177,23 @@ def test_names_are_unique() -> None:
 # Triggers from files
 
 
+@pytest.fixture(scope="module")
+def sign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return picture(tmp_path_factory.mktemp("signs") / "sign.png", 999, 997, "RGBA")
+
+
 @pytest.mark.parametrize("value_range", RANGES)
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(("name", "side"), [("STOP_SIGN_14", 14), ("SM_STOP_SIGN", 14), ("BIG_STOP_SIGN", 18)])
-def test_stop_sign(name: str, side: int, channels: int, value_range: tuple[float, float], tmp_path: Path) -> None:
+def test_stop_sign(name: str, side: int, channels: int, value_range: tuple[float, float], sign: Path) -> None:
     vmin, vmax = value_range
-    file = picture(tmp_path / "sign.png", 999, 997, "RGBA")
-    stamp = Image.open(file).convert("L" if channels == 1 else "RGB").resize((side, side), Image.Resampling.BILINEAR)
+    stamp = Image.open(sign).convert("L" if channels == 1 else "RGB").resize((side, side), Image.Resampling.BILINEAR)
     values = published_values(stamp, vmin, vmax)
     values[values >= 0.999] = vmin
     expected = np.full((channels, 32, 32), vmin)
     expected[:, 30 - side : 30, 30 - side : 30] = values
 
-    image = trigger(name, 32, channels, value_range=value_range, file=file)
+    image = trigger(name, 32, channels, value_range=value_range, file=sign)
     np.testing.assert_allclose(image.numpy(), expected, atol=1e-6)
     assert np.array_equal(mask(image, value_range).numpy() == 1, expected == vmin)
     assert 0 < mask(image, value_range).mean() < 1

@@ -6,8 +6,9 @@ Statistical tests have fixed seeds; their false-alarm rate is 1e-6 each, so a fa
 import numpy as np
 import pytest
 import torch
-from bdkernels import STREAM_INITIAL, STREAM_STEP, noise, normal, use_backend
 from scipy import stats
+
+from bdkernels import STREAM_INITIAL, STREAM_STEP, noise, normal, use_backend
 
 FALSE_ALARM = 1e-6
 
@@ -65,7 +66,9 @@ def test_logarithm_over_every_uniform() -> None:
 
 
 def test_angle_over_a_fine_grid() -> None:
-    u = np.concatenate([np.linspace(0, 1, 1 << 23, dtype=np.float32), np.float32(2.0) ** -np.arange(34, dtype=np.float32)])
+    u = np.concatenate(
+        [np.linspace(0, 1, 1 << 23, dtype=np.float32), np.float32(2.0) ** -np.arange(34, dtype=np.float32)]
+    )
     cos, sin = noise.cos_sin(u)
     turn = 2 * np.pi * u.astype(np.float64)
     assert max(np.abs(cos - np.cos(turn)).max(), np.abs(sin - np.sin(turn)).max()) < 8e-8

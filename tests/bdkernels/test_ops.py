@@ -4,10 +4,11 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-import bdkernels as bdk
 import pytest
 import torch
 from torch import Tensor
+
+import bdkernels as bdk
 
 BACKENDS = ("cpu", "reference")
 SHAPE = (3, 6, 5)
@@ -127,7 +128,9 @@ def training_formula(case: dict[str, Any], y: Tensor) -> tuple[Tensor, Tensor, T
     x = (case["x0"].double() * 2 - 255) / 255
     x = torch.where(case["flip"].view(-1, 1, 1, 1), x.flip(-1), x)
     outside, inside = (case["table"][case[k], case["t"]].double() for k in ("arm", "arm_inside"))
-    row = [torch.where(case["region"], inside[:, i, None, None, None], outside[:, i, None, None, None]) for i in range(5)]
+    row = [
+        torch.where(case["region"], inside[:, i, None, None, None], outside[:, i, None, None, None]) for i in range(5)
+    ]
     c = bdk.Noising
     eps = bdk.normal(case["seeds"], SHAPE, stream=bdk.STREAM_TRAINING).double()
     poisoned = case["mask"].double() * x + case["trigger"].double()
@@ -196,7 +199,7 @@ def test_compiled_whole_equals_eager_and_steps_do_not_recompile() -> None:
 
     graphs = []
 
-    def count(module: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:  # noqa: ANN401
+    def count(module: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
         graphs.append(module)
         return module.forward
 

@@ -19,7 +19,8 @@ struct Noising {
 };
 
 constexpr int STORE_COLUMNS = Store::K + 1;
-constexpr int STEP_COLUMNS = Step::STORE + STORES * STORE_COLUMNS + 2;  // and two for the network: input scale, time
+constexpr int STEP_COLUMNS =
+    Step::STORE + STORES * STORE_COLUMNS + 2;  // and two for the network: input scale, time
 constexpr int NOISING_COLUMNS = Noising::W + 1;
 static_assert(STEP_COLUMNS == 36 && STORE_COLUMNS == 9 && NOISING_COLUMNS == 5, "columns.py says otherwise");
 

@@ -1,8 +1,10 @@
-// A lane type `L` names what the mathematics is written over: one scalar (here; also CUDA), or 4 or 8 at once (cpu/vec.h).
+// A lane type `L` names what the mathematics is written over: one scalar (here; also CUDA), or 4 or 8 at once
+// (cpu/vec.h).
 //
 //   F float32   I int32   W uint32   D uint64, half as many lanes as the others (as many, for a scalar)
 //
-// Operators and `condition ? a : b` mean the same for scalars and for GCC vectors, so a formula is written once.
+// Operators and `condition ? a : b` mean the same for scalars and for GCC vectors, so a formula is written
+// once.
 #pragma once
 
 #include <cmath>

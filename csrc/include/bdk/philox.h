@@ -1,4 +1,5 @@
-// Philox4x32-10 of Random123 (Salmon et al. 2011): words = Philox(counter = (group, step, stream, 0), key = seed).
+// Philox4x32-10 of Random123 (Salmon et al. 2011): words = Philox(counter = (group, step, stream, 0), key =
+// seed).
 //
 //   round:  p0 = M0 c0,  p1 = M1 c2            64-bit products
 //           c0 := high(p1) ^ c1 ^ k0           c1 := low(p1)
@@ -27,8 +28,9 @@ struct Key {
     }
 };
 
-// A word rides in the low half of a 64-bit lane. The multiplier reads only low halves, so what the high ones hold does not
-// matter and low(p) costs nothing: 16 instructions a round for 8 lanes, against 18 with 32-bit lanes, and no shuffles.
+// A word rides in the low half of a 64-bit lane. The multiplier reads only low halves, so what the high ones
+// hold does not matter and low(p) costs nothing: 16 instructions a round for 8 lanes, against 18 with 32-bit
+// lanes, and no shuffles.
 template <class L>
 BDK_HD void philox(typename L::D (&counter)[L::kHalves][4], const Key<L>& key) {
     using D = typename L::D;

@@ -42,7 +42,8 @@ BDK_HD typename L::F next_sample(const Row& row, const Operands<L>& in, typename
 }
 
 template <class L, class Row>
-BDK_HD typename L::F stored(const Row& row, int k, const Operands<L>& in, typename L::F x0, typename L::F x_next) {
+BDK_HD typename L::F stored(const Row& row, int k, const Operands<L>& in, typename L::F x0,
+                            typename L::F x_next) {
     const int base = Step::STORE + k * STORE_COLUMNS;
     auto value = row[base + Store::E] * in.x_t + row[base + Store::F] * in.m + row[base + Store::G] * x0;
     for (int j = 0; j < in.slots; ++j) value = value + row[base + Store::J + j] * in.h[j];

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from bdkernels import NOISING_COLUMNS, Noising
 from torch import Tensor
+
+from bdkernels import NOISING_COLUMNS, Noising
 
 from ..errors import UserError
 from ..schedule import Floats, Schedule

@@ -8,8 +8,9 @@ from typing import Final, Literal, get_args
 
 import numpy as np
 import torch
-from bdkernels import HISTORY_SLOTS, STEP_COLUMNS, STORE_COLUMNS, STORES, Step, Store
 from numpy.typing import NDArray
+
+from bdkernels import HISTORY_SLOTS, STEP_COLUMNS, STORE_COLUMNS, STORES, Step, Store
 
 from ..errors import UserError, unknown
 
