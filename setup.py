@@ -15,7 +15,7 @@ from setuptools.command.build_ext import build_ext
 X86_64 = platform.machine().lower() in ("x86_64", "amd64")
 
 # Arithmetic is unfused so that every backend makes the same bits. -Wno-psabi: vectors never cross a call.
-FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 # The rows gain 10-20 % from scheduling before register allocation, which is off by default on x86-64.
 FILE_FLAGS = {
     "rows_baseline.cpp": ["-fschedule-insns"],

@@ -218,7 +218,8 @@ class Trainer:
         if config.ema:
             steps = self.images_seen // config.batch
             decay = min(config.ema, (1 + steps) / (10 + steps))
-            torch._foreach_lerp_([*self.ema.parameters()], [*self.parameters], 1 - decay)
+            with torch.no_grad():  # or every step's graph would hang on the average
+                torch._foreach_lerp_([*self.ema.parameters()], [*self.parameters], 1 - decay)
         return total
 
     def state(self) -> dict[str, Tensor]:

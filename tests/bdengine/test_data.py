@@ -157,6 +157,12 @@ def test_folder(tmp_path: Path) -> None:
     assert np.array_equal(load(str(tmp_path), 20, 1).pixels[1, 0].numpy(), grey)
 
 
+def test_files_come_sorted_by_path(tmp_path: Path) -> None:
+    for k in (7, 2, 9, 4, 0, 5, 8, 1, 6, 3):
+        Image.new("L", (2, 2), k).save(tmp_path / f"{k}.png")
+    assert load(str(tmp_path), 2, 1).pixels[:, 0, 0, 0].tolist() == [*range(10)]
+
+
 @pytest.mark.parametrize("upright", [True, False])
 def test_shorter_edge_then_centre(upright: bool, tmp_path: Path) -> None:
     strip = noise(97, 40)

@@ -176,13 +176,13 @@ def test_streamed_and_merged_statistics_are_those_of_the_whole() -> None:
 
 def test_interval_covers_the_score_expected_at_its_number_of_images() -> None:
     real = FrechetStatistics.of(normal(20_000, 4, 0))
-    draws = [normal(300, 4, seed, 1.2, 0.2) for seed in range(1, 61)]
+    draws = [normal(300, 4, seed, 1.2, 0.2) for seed in range(1, 41)]
     distances = [metrics.frechet(real, draw) for draw in draws]
     expected = sum(distances) / len(distances)
-    intervals = [metrics.frechet_interval(real, draw, resamples=100) for draw in draws]
+    intervals = [metrics.frechet_interval(real, draw, resamples=60) for draw in draws]
     covered = sum(low <= expected <= high for low, high in intervals)
-    # Binomial(60, 0.95) is below 51 once in 1,000.
-    assert covered >= 51
+    # Binomial(40, 0.95) is below 33 once in 2,000.
+    assert covered >= 33
     # An interval of everything would cover as well: its width is that of the spread, 3.9 standard deviations.
     width = sum(high - low for low, high in intervals) / len(intervals)
     assert 2.5 < width / torch.tensor(distances).std().item() < 5.5

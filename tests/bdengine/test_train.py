@@ -118,6 +118,7 @@ def test_the_loss_falls_and_the_average_lags(tmp_path: Path) -> None:
     saved = load_unet(tmp_path / "run" / "checkpoint").state_dict()
     assert all(torch.equal(saved[k], v) for k, v in trainer.ema.state_dict().items())
     assert any(not torch.equal(saved[k], v) for k, v in trainer.network.state_dict().items())
+    assert not any(p.requires_grad for p in trainer.ema.parameters())
 
 
 def test_the_learning_rate_warms_up_and_falls_as_a_cosine(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_unknown_triggers(name: str, text: str) -> None:
     sentence(caught)
 
 
-@pytest.mark.parametrize(("size", "value_range"), zip(SIZES, RANGES * 2, strict=True))
+@pytest.mark.parametrize(("size", "value_range"), list(zip(SIZES, RANGES * 2, strict=True)))
 def test_every_trigger(size: int, value_range: tuple[float, float], tmp_path: Path) -> None:
     file = picture(tmp_path / "picture.png", 99, 97)
     fitted = 0

@@ -69,7 +69,7 @@ def layout(tensor: Tensor, channels_last: bool) -> Tensor:
 class Case:
     """Random tensors of one shape, from one seed."""
 
-    def __init__(self, shape: tuple[int, int, int, int], seed: int = 0, arms: int = 3, rows: int = 5):
+    def __init__(self, shape: tuple[int, int, int, int], seed: int = 0, arms: int = 3, rows: int = 5) -> None:
         self.shape, self.arms, self.rows = shape, arms, rows
         self.generator = torch.Generator().manual_seed(seed)
         self.arm, self.arm_inside = self.index(arms), self.index(arms)
@@ -243,8 +243,7 @@ def test_every_half_is_read_and_written_exactly(isa: str) -> None:
         x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).reshape(1, 1, 256, 256)
         table[0, 0, Step.P], table[0, 0, Step.S] = 1, 0
         arguments = [x, torch.zeros_like(x), table, zero, zero[0], zero, None, None, None, None]
-        finite = x.isfinite()
-        assert_bits(native.fused_step(*arguments)[finite], x[finite])
+        assert_bits(native.fused_step(*arguments), reference.fused_step(*arguments))
         table[0, 0, Step.P], table[0, 0, Step.S] = 0, 1
         half = x.float().reshape(-1)
         for nudge in (0, 1, -1):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,9 @@ UNCOMPILED = ("--providers", "diffusers", "torch", "cpu", "reference")
 
 
 @pytest.fixture(autouse=True)
-def hurried(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measurements of a moment."""
     monkeypatch.setattr(run, "interleaved", partial(timing.interleaved, least=1e-5))
-    yield
 
 
 def test_every_op_is_checked_measured_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
