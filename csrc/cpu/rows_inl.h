@@ -73,6 +73,7 @@ bool step_span(const StepCall& call, Span span) {
                 if (j < call.slots) load<L>(call.history[j], range, h[j]);
         if (noisy) noise.next(z);
 
+#pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
             const auto& row = rows.mixed(region[i]);
             const Operands<L> in{

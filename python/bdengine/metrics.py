@@ -367,6 +367,6 @@ def _kernel_within(x: Tensor) -> float:
 
 
 def _distances(x: Tensor, y: Tensor) -> Tensor:
-    # By differences, ten times slower at 2048 features: the product form puts a point 7e-7 off itself, outside the zero
-    # radius of an image that repeats, and a backdoor's images do.
+    # By differences, ten times slower at 2048 features: the product form puts a point up to 7e-7 from itself, and the
+    # manifold of repeated images, as a backdoor makes them, has the radius 0.
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")

@@ -17,12 +17,7 @@ from bdengine import data
 from bdengine.data import Images, load, read_image, stand_in, to_float, to_uint8
 from bdengine.errors import UserError
 
-
-def sentence(caught: pytest.ExceptionInfo[UserError]) -> str:
-    text = str(caught.value)
-    assert "\n" not in text
-    assert ". " not in text
-    return text
+from .images_for_tests import sentence
 
 
 def noise(width: int, height: int, channels: int = 3) -> np.ndarray:

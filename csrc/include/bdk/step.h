@@ -14,7 +14,7 @@ namespace bdk {
 template <class L>
 struct Operands {
     typename L::F x_t, m, r, z, h[HISTORY_SLOTS];
-    int slots;  // how many h there are
+    int slots;  // how many h there are; loops over them have a fixed length, so that h stays in registers
 };
 
 // Select form: NaN passes.
@@ -34,7 +34,8 @@ BDK_HD typename L::F predicted_x0(const Row& row, const Operands<L>& in) {
 template <bool kTrigger, class L, class Row>
 BDK_HD typename L::F next_sample(const Row& row, const Operands<L>& in, typename L::F x0) {
     auto x = row[Step::P] * in.x_t + row[Step::Q] * x0 + row[Step::S] * in.m;
-    for (int j = 0; j < in.slots; ++j) x = x + row[Step::H + j] * in.h[j];
+    for (int j = 0; j < HISTORY_SLOTS; ++j)
+        if (j < in.slots) x = x + row[Step::H + j] * in.h[j];
     const auto scale = row[Step::Z];
     x = x + scale * (scale == 0.0f ? L::broadcast(0) : in.z);
     if (kTrigger) x = x + row[Step::R] * in.r;
@@ -46,7 +47,8 @@ BDK_HD typename L::F stored(const Row& row, int k, const Operands<L>& in, typena
                             typename L::F x_next) {
     const int base = Step::STORE + k * STORE_COLUMNS;
     auto value = row[base + Store::E] * in.x_t + row[base + Store::F] * in.m + row[base + Store::G] * x0;
-    for (int j = 0; j < in.slots; ++j) value = value + row[base + Store::J + j] * in.h[j];
+    for (int j = 0; j < HISTORY_SLOTS; ++j)
+        if (j < in.slots) value = value + row[base + Store::J + j] * in.h[j];
     return value + row[base + Store::K] * x_next;
 }
 
