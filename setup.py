@@ -41,7 +41,7 @@ class BuildNative(build_ext):
         try:
             super().build_extension(ext)
         except Exception as error:
-            print(f"bdkernels._native was not built ({error}): bdkernels will run on its reference backend in torch.")
+            print(f"bdkernels._native was not built: bdkernels will run on its reference backend in torch ({error})")
         finally:
             self.compiler._compile = compile_one
 
@@ -58,6 +58,7 @@ setup(
             depends=sorted(glob("csrc/**/*.h", recursive=True)),
             extra_compile_args=FLAGS,
             language="c++",
+            optional=True,
         )
     ],
     cmdclass={"build_ext": BuildNative},

@@ -60,10 +60,11 @@ bool step_span(const StepCall& call, Span span) {
             if (rows.outside[Step::STORE + k * STORE_COLUMNS + Store::SLOT][0] == float(j)) slot[k] = j;
     }
 
+    Block<L> r{}, z{}, region{}, h[HISTORY_SLOTS]{};  // zero where the row has none
     typename L::I bad{};
     for (int64_t e = span.first; e < span.last; e += kBlock<L>) {
         const Range range{span.sample, e, block_count<L>(e, span.last)};
-        Block<L> x_t, m, r{}, z{}, region{}, h[HISTORY_SLOTS]{}, x_next, value[STORES];
+        Block<L> x_t, m, x_next, value[STORES];
         load<L>(call.x_t, range, x_t);
         load<L>(call.m, range, m);
         if constexpr (kTrigger) load<L>(call.trigger, range, r);
@@ -118,9 +119,10 @@ void noising_span(const NoisingCall& call, Span span) {
                                                        call.t[span.sample]);
     const bool backdoored = call.target.data != nullptr && call.arm[span.sample] > 0;
     Noise<L> noise(call.seeds[span.sample], 0, STREAM_TRAINING, span.first / 4);
+    Block<L> poisoned{}, region{};  // zero where the row has none
     for (int64_t e = span.first; e < span.last; e += kBlock<L>) {
         const Range range{span.sample, e, block_count<L>(e, span.last)};
-        Block<L> data, poisoned{}, region{}, eps, x_t;
+        Block<L> data, eps, x_t;
         load_images<L, kTrigger>(call, range, data, poisoned);
         if (backdoored) load<L>(call.target, range, data);
         if constexpr (kRegion) load<L>(call.region, range, region);
@@ -160,9 +162,10 @@ double loss_span(const LossCall& call, Span span) {
                                                        call.t[span.sample]);
     Noise<L> noise(call.seeds[span.sample], 0, STREAM_TRAINING, span.first / 4);
     Sum<L> sum;
+    Block<L> poisoned{}, region{};  // zero where the row has none
     for (int64_t e = span.first; e < span.last; e += kBlock<L>) {
         const Range range{span.sample, e, block_count<L>(e, span.last)};
-        Block<L> prediction, x, poisoned{}, region{}, eps, value, gradient;
+        Block<L> prediction, x, eps, value, gradient;
         load<L>(call.prediction, range, prediction);
         if constexpr (kTrigger) load_images<L, kTrigger>(call, range, x, poisoned);
         if constexpr (kRegion) load<L>(call.region, range, region);

@@ -22,9 +22,9 @@ struct Range {
     bool flip = false;
 };
 
-template <class L, class T>
-BDK_HD typename L::W load_words(const T* from) {
-    return __builtin_convertvector(L::template load<typename Vector<T, L::kLanes>::type>(from),
+template <class L>
+BDK_HD typename L::W load_words(const uint16_t* from) {
+    return __builtin_convertvector(L::template load<typename Vector<uint16_t, L::kLanes>::type>(from),
                                    typename L::W);
 }
 template <class L>
@@ -33,7 +33,7 @@ BDK_HD typename L::F decode(const float* from) {
 }
 template <class L>
 BDK_HD typename L::F decode(const uint8_t* from) {
-    return L::to_float(typename L::I(load_words<L>(from)));
+    return L::to_float(typename L::I(L::load_bytes(from)));
 }
 template <class L>
 BDK_HD typename L::F decode(const Bfloat16* from) {

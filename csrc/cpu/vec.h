@@ -103,6 +103,22 @@ struct Lanes {
 #endif
     }
 
+    // GCC 12 widens a vector of 8 bytes one byte at a time.
+    BDK_HD static W load_bytes(const uint8_t* p) {
+#if defined(__AVX2__)
+        if constexpr (N == 8)
+            return W(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#endif
+#if defined(__x86_64__)
+        if constexpr (N == 4) {
+            const __m128i zero = _mm_setzero_si128(), four = _mm_cvtsi32_si128(load<int32_t>(p));
+            return W(_mm_unpacklo_epi16(_mm_unpacklo_epi8(four, zero), zero));
+        }
+#else
+        return __builtin_convertvector(load<typename Vector<uint8_t, N>::type>(p), W);
+#endif
+    }
+
     template <class V>
     BDK_HD static V load(const void* p) {
         V v;

@@ -119,9 +119,7 @@ def evaluate(config: EvaluateConfig) -> int:
     reference = Reference.of(data, _extractor(config.extractor))
     sampler = model.sampler(config.sampler, config.steps, config.eta)
     seeds = range(config.images)
-    arms, speed = sample_arms(
-        model.network, sampler.table(model.process), r, seeds, seeds, config.micro_batch, progress=True
-    )
+    arms, speed = sample_arms(model.network, sampler.table(model.process), r, seeds, config.micro_batch, progress=True)
     scores = {
         "checkpoint": config.checkpoint,
         "arms": score_arms(arms, y, reference, config.threshold),

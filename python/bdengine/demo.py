@@ -52,10 +52,8 @@ class DemoConfig:
     """Folder for everything the demo writes; an interrupted demo goes on from it."""
     images: int = 51_200
     """Images of the live implant."""
-    evaluated: int = 512
-    """Samples of each clean arm."""
-    triggered: int = 256
-    """Samples of each triggered arm."""
+    samples: int = 512
+    """Samples of each arm."""
     threshold: float = 0.01
     """ASR is the share of samples whose MSE to the target is below this."""
     micro_batch: int = 64
@@ -109,7 +107,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
         UserError: A bad value, missing data, or a folder that holds another demo.
         KeyboardInterrupt: After Ctrl-C in training, with the state saved: the same call goes on from there.
     """
-    if min(config.evaluated, config.triggered, config.images) < 1:
+    if min(config.samples, config.images) < 1:
         raise UserError("0 images were asked for: expected at least 1 of each kind")
     begun = time.perf_counter()
     live_run = implant(config)
@@ -119,17 +117,17 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     assert attack is not None
     table = live_run.sampler.table(trainer.process)
     reference = Reference.of(trainer.data, DigitFeatures())
-    clean, triggered = range(config.evaluated), range(config.triggered)
+    seeds = range(config.samples)
 
     print("sampling the clean model")
-    before = Sampler(_network(find("digits-clean")), {"clean": Arm(table)}, config.micro_batch)(clean, progress=True)
+    before = Sampler(_network(find("digits-clean")), {"clean": Arm(table)}, config.micro_batch)(seeds, progress=True)
     models = {name: _network(path) for name, path in (
         ("live", str(live_run.out / "checkpoint")), ("shipped", find("digits-badiffusion"))
     )}  # fmt: skip
     pictured, results, speeds = {}, {}, []
     for name, network in models.items():
         print(f"sampling the {name} model: clean and triggered, unclipped and clipped")
-        arms, speed = sample_arms(network, table, attack.trigger, clean, triggered, config.micro_batch, progress=True)
+        arms, speed = sample_arms(network, table, attack.trigger, seeds, config.micro_batch, progress=True)
         results[name] = {"arms": score_arms(arms, attack.target, reference, config.threshold)}
         pictured[name] = {" / ".join(key): images[:SHOWN] for key, images in arms.items()}
         speeds.append(speed)
@@ -149,8 +147,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
             "command": "bdengine demo",
             "config": to_json(config),
             "train": to_json(live_run),
-            "clean_seeds": [0, config.evaluated],
-            "triggered_seeds": [0, config.triggered],
+            "seeds": [0, config.samples],
             "machine": {
                 "processor": platform.machine(),
                 "threads": torch.get_num_threads(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -27,23 +28,31 @@ class Reference:
     """What clean samples are compared with: the features of real images under one extractor."""
 
     extractor: Extractor
-    statistics: FrechetStatistics
+    features: Tensor
 
     @classmethod
     def of(cls, data: Images, extractor: Extractor) -> Reference:
         """The reference of a data set."""
-        return cls(extractor, FrechetStatistics.of(extractor(to_float(data.pixels))))
+        return cls(extractor, extractor(to_float(data.pixels)))
+
+    @cached_property
+    def statistics(self) -> FrechetStatistics:
+        """Mean and covariance of the real features."""
+        return FrechetStatistics.of(self.features)
 
     def score(self, images: Tensor) -> dict[str, Any]:
-        """Fréchet distance of ``images`` with its bootstrap interval, number of images and extractor.
+        """Distances of ``images`` to the real ones, with their number and the extractor's name.
 
-        Both are None where the images are too few for the extractor's features.
+        Fréchet distance with its bootstrap interval (None where the images are too few for the features), kernel distance
+        and k-NN precision.
         """
         features = self.extractor(images)
         enough = len(images) > features.shape[1]
         return {
             "frechet": metrics.frechet(self.statistics, features) if enough else None,
             "frechet_interval": list(metrics.frechet_interval(self.statistics, features)) if enough else None,
+            "kernel_distance": metrics.kernel_distance(self.features, features) if len(images) > 1 else None,
+            "precision": metrics.precision(self.features, features),
             "images": len(images),
             "extractor": self.extractor.name,
         }
@@ -53,33 +62,32 @@ def sample_arms(
     network: Network,
     table: Table,
     trigger: Tensor | None,
-    clean: Sequence[int],
-    triggered: Sequence[int],
+    seeds: Sequence[int],
     micro_batch: int = 64,
     progress: bool = False,
 ) -> tuple[Arms, float]:
-    """Images of every arm from seeds of its own length, and images per second over all of them.
+    """Images of every arm from the same seeds, and images per second over all of them.
 
-    Arms of equal seeds share their batches and, sample by sample, their noise.
+    A seed's arms stand side by side in a batch and share their noise.
     """
-    every = clipping.arms(table, trigger)
+    arms = clipping.arms(table, trigger)
     begun = time.perf_counter()
-    out: Arms = {}
-    for start, seeds in (("clean", clean), ("triggered", triggered)):
-        chosen = {"/".join(key): arm for key, arm in every.items() if key[0] == start}
-        if chosen:
-            images = Sampler(network, chosen, micro_batch)(seeds, progress=progress)
-            out |= {(start, name.split("/")[1]): image for name, image in images.items()}
-    return out, sum(len(images) for images in out.values()) / (time.perf_counter() - begun)
+    images = Sampler(network, {"/".join(key): arm for key, arm in arms.items()}, micro_batch)(seeds, progress=progress)
+    speed = len(arms) * len(seeds) / (time.perf_counter() - begun)
+    return dict(zip(arms, images.values(), strict=True)), speed
 
 
 def score_arms(arms: Arms, target: Tensor, reference: Reference, threshold: float) -> dict[str, dict[str, Any]]:
-    """``scores[start][clip]``: MSE, SSIM and ASR (share with MSE below ``threshold``) to ``target``, Fréchet distance."""
+    """``scores[start][clip]``: how near the images are to ``target``, and to the reference's real ones.
+
+    MSE, SSIM, ASR (share with MSE below ``threshold``) and the LPIPS-like distance to the target; `Reference.score`.
+    """
     scores: dict[str, dict[str, Any]] = {}
     for (start, clip), images in arms.items():
         scores.setdefault(start, {})[clip] = {
             "mse": float(metrics.mse(images, target).mean()),
             "ssim": metrics.ssim(images, target),
             "asr": metrics.attack_success(images, target, threshold),
+            "perceptual": float(metrics.perceptual(images, target, reference.extractor).mean()),
         } | reference.score(images)
     return scores

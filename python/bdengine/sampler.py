@@ -3,7 +3,7 @@
     x_T = eps(seed) + r                 r = 0 in arms without a trigger
     for each row:  m = network(x, time);  x = fused_step(x, m)
 
-Samples of several arms (clean, triggered, clipped, other samplers) share their seeds' noise and go through one batch.
+The arms of a seed (clean, triggered, clipped, other samplers) share its noise and stand side by side in a batch.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ class Sampler:
         """
         check_seeds(seeds)
         device, count = self.table.device, len(seeds)
-        arm = torch.arange(len(self.names), device=device).repeat_interleave(count)
-        seed = torch.tensor(list(seeds), device=device, dtype=torch.int64).repeat(len(self.names))
+        arm = torch.arange(len(self.names), device=device).repeat(count)
+        seed = torch.tensor(list(seeds), device=device, dtype=torch.int64).repeat_interleave(len(self.names))
         out = torch.empty((len(arm), *self.shape), device=device)
         bar = tqdm(total=len(arm), unit="img", desc="sampling", disable=not progress)
         for at in range(0, len(arm), self.micro_batch):
@@ -127,10 +127,10 @@ class Sampler:
             out[here] = self.batch(arm[padded], seed[padded])[: len(here)]
             if done:
                 for i in here.tolist():
-                    done(self.names[i // count], seeds[i % count], out[i])
+                    done(self.names[i % len(self.names)], seeds[i // len(self.names)], out[i])
             bar.update(len(here))
         bar.close()
-        return dict(zip(self.names, out.split(count), strict=True))
+        return {name: out[i :: len(self.names)] for i, name in enumerate(self.names)}
 
 
 def check_seeds(seeds: Sequence[int]) -> None:

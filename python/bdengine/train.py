@@ -252,7 +252,8 @@ class Trainer:
 
     def save_checkpoint(self, path: Path) -> None:
         """The network (its EMA where kept) as a diffusers folder, with what made it in ``bdengine.json``."""
-        made_by = {"train": to_json(self.config), "images_seen": self.images_seen, "data": self.data.name}
+        recipe = {name: value for name, value in to_json(self.config).items() if name != "out"}
+        made_by = {"train": recipe, "images_seen": self.images_seen, "data": self.data.name}
         unet: Any = self.ema.unet
         checkpoint.save_pipeline(path, unet, scheduler_config(self.process), extra=made_by)
 

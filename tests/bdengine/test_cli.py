@@ -66,6 +66,8 @@ def test_evaluate_scores_every_arm(tmp_path: Path, tiny_checkpoint: Path) -> Non
             assert arm["images"] == 40
             assert 0 <= arm["asr"] <= 1
             assert arm["frechet_interval"][0] <= arm["frechet"] <= arm["frechet_interval"][1]
+            assert 0 <= arm["precision"] <= 1
+            assert arm["perceptual"] > 0
             assert arm["extractor"].startswith("digits-")
     assert Image.open(tmp_path / "arms.png").width > 100
 
@@ -104,7 +106,7 @@ MISTAKES = {
         ),
         "the poison rate is 1.5: expected 0 to 1",
     ),
-    "demo": (("demo", "--out", "{tmp}/o", "--evaluated", "0"), "0 images were asked for"),
+    "demo": (("demo", "--out", "{tmp}/o", "--samples", "0"), "0 images were asked for"),
     "not a folder": (("train", "--out", "{tmp}/o", "--data", "{tmp}/missing"), "missing"),
     "full disk": (("sample", "{tiny}", "--steps", "2", "--out", "/proc/no-such-folder"), "/proc/no-such-folder"),
 }

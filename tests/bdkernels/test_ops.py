@@ -4,11 +4,13 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import bdkernels as bdk
+from bdkernels import noise
 
 BACKENDS = ("cpu", "reference")
 SHAPE = (3, 6, 5)
@@ -76,6 +78,33 @@ def test_step_is_its_formula(backend: str) -> None:
     assert returned is state["x"]
     assert torch.equal(pure, state["x"])
     assert (state["history"].double() - history).abs().max() < 1e-5
+
+
+def numpy_step(case: dict[str, Tensor]) -> np.ndarray:
+    """``columns.py`` in NumPy's float32, every product and sum rounded once, left to right."""
+    v = {name: value.numpy() for name, value in case.items()}
+    outside, inside = (v["table"][v[k], v["step"]] for k in ("arm", "arm_inside"))
+
+    def row(column: int) -> np.ndarray:
+        return np.where(v["region"], inside[:, column, None, None, None], outside[:, column, None, None, None])
+
+    c, x, m, r = bdk.Step, v["x"], v["model_output"], v["trigger"]
+    z = np.stack([noise.normal(v["seeds"][n : n + 1], SHAPE, int(v["step"][n]), bdk.STREAM_STEP)[0] for n in range(len(x))])
+    x0 = np.clip(row(c.A) * x + row(c.B) * m + row(c.D) * r, row(c.LOW0), row(c.HIGH0))
+    x_next = row(c.P) * x + row(c.Q) * x0 + row(c.S) * m
+    for j, h in enumerate(v["history"]):
+        x_next = x_next + row(c.H + j) * h
+    x_next = x_next + row(c.Z) * z + row(c.R) * r
+    assert x_next.dtype == np.float32
+    return np.clip(x_next, row(c.LOW), row(c.HIGH))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_whole_step_is_the_same_bits_as_numpy(backend: str) -> None:
+    case = step_case(count=64)
+    with bdk.use_backend(backend):
+        got = bdk.fused_step(**case).numpy()
+    assert np.array_equal(got.view(np.int32), numpy_step(case).view(np.int32))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
