@@ -71,12 +71,14 @@ def test_self_check_sees_a_wrong_loss(monkeypatch: pytest.MonkeyPatch, capsys: p
         return loss * (1 + 1e-6), gradient
 
     monkeypatch.setattr(native, "fused_loss", wrong)
+    monkeypatch.setattr(testing, "OPS", ("fused_loss",))
     assert env.main(["--selfcheck"]) == 1
     assert "loss of sample" in capsys.readouterr().out
 
 
 def test_self_check_sees_wrong_noise(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(reference, "normal", one_bit_off(reference.normal))
+    monkeypatch.setattr(testing, "OPS", ())
     assert env.main(["--selfcheck"]) == 1
     assert "FAIL  reference      normal" in capsys.readouterr().out
 

@@ -62,8 +62,7 @@ BDK_HD void cos_sin(typename L::F u, typename L::F& cos, typename L::F& sin) {
     sin = (quadrant & 2) != 0 ? -sin : sin;
 }
 
-// Box and Muller: the normals of `kLanes` groups of words, in the order of their elements over z[0], ..,
-// z[3].
+// Box and Muller: the normals of `kLanes` groups of words, in the order of their elements over z[0] .. z[3].
 template <class L>
 BDK_HD void box_muller(const typename L::W (&w)[4], typename L::F (&z)[4]) {
     using F = typename L::F;
@@ -79,8 +78,8 @@ BDK_HD void box_muller(const typename L::W (&w)[4], typename L::F (&z)[4]) {
 
 // The normals of one sample from element 4 `group` on, 4 kLanes a call. The words are made a call ahead: the
 // processor then has two chains to work on, Philox for the next block and Box-Muller for this. On one core of
-// an EPYC 7003 a normal takes 1.7 ns without, 1.1 ns with, both by AVX2; -fschedule-insns, which interleaves
-// the two, is a third of that gain.
+// an EPYC 7003, by AVX2, a normal takes 1.7 ns without, 1.2 ns with it and -fschedule-insns, which
+// interleaves the two.
 template <class L>
 class Noise {
   public:
