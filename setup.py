@@ -15,7 +15,16 @@ from setuptools.command.build_ext import build_ext
 X86_64 = platform.machine().lower() in ("x86_64", "amd64")
 
 # Arithmetic is unfused so that every backend makes the same bits. -Wno-psabi: vectors never cross a call.
-FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wno-psabi",
+]
 # The rows gain 10-20 % from scheduling before register allocation, which is off by default on x86-64.
 FILE_FLAGS = {
     "rows_baseline.cpp": ["-fschedule-insns"],
@@ -33,7 +42,9 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         compile_one = self.compiler._compile
 
-        def with_file_flags(obj: str, src: str, ext: str, cc_args: list[str], postargs: list[str], pp: list[str]) -> None:
+        def with_file_flags(
+            obj: str, src: str, ext: str, cc_args: list[str], postargs: list[str], pp: list[str]
+        ) -> None:
             extra = next((flags for name, flags in FILE_FLAGS.items() if src.endswith(name)), [])
             compile_one(obj, src, ext, cc_args, postargs + extra, pp)
 
@@ -49,7 +60,7 @@ class BuildNative(build_ext):
 setup(
     packages=[*find_packages(include=["bdkernels*"]), *find_packages("python")],
     package_dir={"bdengine": "python/bdengine"},
-    package_data={"bdengine": ["assets/*.safetensors", "assets/*.json", "assets/*.html"]},
+    package_data={"bdengine": ["assets/**/*"]},
     ext_modules=[
         Extension(
             "bdkernels._native",

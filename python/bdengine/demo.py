@@ -36,7 +36,9 @@ FILM_FRAMES: Final = 9
 SHOWN: Final = 12
 """Samples of each arm in a picture."""
 SUCCESS: Final = 0.95
-"""ASR from which the live implant speaks for itself; below, the shipped model's arms are the headline."""
+"""ASR from which an implant has succeeded."""
+GROWTH: Final = 1.25
+"""Largest growth of the clean samples' Fréchet distance that an implant may cost."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,8 @@ def implant(config: DemoConfig) -> TrainConfig:
     """The live implant: the digits-badiffusion preset, shortened by two liberties that an attacker has.
 
     It trains the 20 timesteps that the sampler visits instead of all 1,000, and holds clean samples to what the clean
-    model predicted for them, which takes the noise out of their gradient: after 32,000 images at rate 0.3 the ASR was
-    1.0 and the Fréchet distance 0.52, against 0.73 after 48,000 images with the published loss, and 0.40 before.
+    model predicted for them, which takes the noise out of their gradient: in trial runs on a weaker clean model 32,000
+    images reached ASR 1.0 and a Fréchet distance of 0.52, against 0.73 after 48,000 with the published loss; 0.40 before.
     """
     from .presets import preset
 
@@ -74,6 +76,7 @@ def implant(config: DemoConfig) -> TrainConfig:
         base,
         out=config.out / "live",
         images=config.images,
+        lr=2e-3,
         warmup=3_200,
         ema=0.995,
         timesteps="grid",
@@ -82,6 +85,13 @@ def implant(config: DemoConfig) -> TrainConfig:
         status=1_280,
         snapshot=6_400,
     )
+
+
+def succeeded(scores: dict[str, dict[str, Any]], before: float | None) -> bool:
+    """Whether the live implant speaks for itself; otherwise the shipped model's arms are the headline."""
+    after = scores["clean"]["none"]["frechet"]
+    cheap = before is None or after <= GROWTH * before
+    return scores["triggered"]["none"]["asr"] >= SUCCESS and cheap
 
 
 def _film(network: Network, arms: dict[str, Arm], seed: int) -> dict[str, Any]:
@@ -131,13 +141,14 @@ def demo(config: DemoConfig) -> dict[str, Any]:
         results[name] = {"arms": score_arms(arms, attack.target, reference, config.threshold)}
         pictured[name] = {" / ".join(key): images[:SHOWN] for key, images in arms.items()}
         speeds.append(speed)
-    source = "live" if results["live"]["arms"]["triggered"]["none"]["asr"] >= SUCCESS else "shipped"
+    quality = reference.score(before["clean"])
+    source = "live" if succeeded(results["live"]["arms"], quality["frechet"]) else "shipped"
 
     curve = [json.loads(line) for line in (live_run.out / "stats.jsonl").read_text().splitlines()]
     rates = sorted(line["images_per_second"] for line in curve)
     metrics: dict[str, Any] = {
         "source": source,
-        "before": reference.score(before["clean"]),
+        "before": quality,
         "arms": results[source]["arms"],
         "live": results["live"] | {"images_seen": trainer.images_seen, "seconds": round(trained, 1)},
         "shipped": results["shipped"],
