@@ -121,15 +121,20 @@ def evaluate(config: EvaluateConfig) -> int:
     seeds = range(config.images)
     arms, speed = sample_arms(model.network, sampler.table(model.process), r, seeds, config.micro_batch, progress=True)
     scores = {
-        "checkpoint": config.checkpoint,
+        "source": Path(config.checkpoint).name,
         "arms": score_arms(arms, y, reference, config.threshold),
         "asr_threshold": config.threshold,
         "images_per_second": {"sampling": speed},
-        "run": to_json(config) | {"sampler": to_json(sampler), "trigger": names.trigger, "target": names.target},
+        "run": {
+            **{name: value for name, value in to_json(config).items() if name != "out"},
+            "sampler": to_json(sampler),
+            "trigger": names.trigger,
+            "target": names.target,
+        },
     }
     write_json(config.out / "scores.json", scores)
     shown = {" / ".join(key): images[:16] for key, images in arms.items()}
     pictures.save_png(config.out / "arms.png", pictures.labelled(shown))
-    print(report.console_table({"live": scores, "source": "live"}))
+    print(report.console_table(scores))
     print(f"wrote {config.out / 'scores.json'} and {config.out / 'arms.png'}")
     return 0
