@@ -89,7 +89,9 @@ def numpy_step(case: dict[str, Tensor]) -> np.ndarray:
         return np.where(v["region"], inside[:, column, None, None, None], outside[:, column, None, None, None])
 
     c, x, m, r = bdk.Step, v["x"], v["model_output"], v["trigger"]
-    z = np.stack([noise.normal(v["seeds"][n : n + 1], SHAPE, int(v["step"][n]), bdk.STREAM_STEP)[0] for n in range(len(x))])
+    z = np.stack(
+        [noise.normal(v["seeds"][n : n + 1], SHAPE, int(v["step"][n]), bdk.STREAM_STEP)[0] for n in range(len(x))]
+    )
     x0 = np.clip(row(c.A) * x + row(c.B) * m + row(c.D) * r, row(c.LOW0), row(c.HIGH0))
     x_next = row(c.P) * x + row(c.Q) * x0 + row(c.S) * m
     for j, h in enumerate(v["history"]):

@@ -42,7 +42,13 @@ def expected() -> list[Tensor]:
     x_noised = reference.fused_noising(x0, *common, None, r, None, flip, None, None, torch.float32)
     prediction = normals(torch.float32, 24)
     value, gradient = reference.fused_loss(prediction, x0, *common, r, None, flip, None, None, 0.5)
-    return [*(normals(d, 4) for d in (torch.float32, torch.bfloat16, torch.float16)), x_next, x_noised, *value, gradient]
+    return [
+        *(normals(d, 4) for d in (torch.float32, torch.bfloat16, torch.float16)),
+        x_next,
+        x_noised,
+        *value,
+        gradient,
+    ]
 
 
 @pytest.mark.parametrize("target", TARGETS)
