@@ -136,7 +136,7 @@ def _check_step(
     _check_batch("x", x)
     count, device = x.shape[0], x.device
     _check_image("x", x, x.shape, _FLOATS)
-    _check_image("model_output", model_output, x.shape, _FLOATS)
+    _check_image("model_output", model_output, x.shape, _FLOATS if x.dtype == torch.float64 else _FLOATS[:3])
     _check_device("model_output", model_output, device)
     _check_table(table, STEP_COLUMNS, x, x.dtype)
     _check_index("arm", arm, count, device)
@@ -175,7 +175,7 @@ def fused_step(
 
     Args:
         x: float32, bfloat16, float16 or float64 [N, C, H, W], contiguous or channels-last.
-        model_output: The network's output ``m``, shape of ``x``, any of these dtypes and layouts.
+        model_output: The network's output ``m``, shape of ``x``, any of these layouts and dtypes (float64 only with ``x``).
         table: float32 [arms, rows, STEP_COLUMNS] (float64 allowed where ``x`` is).
         arm: int64 [N], each sample's arm.
         step: int64, 0-d or [N]: the row, which is also the step of the noise contract.
