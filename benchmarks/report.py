@@ -15,7 +15,7 @@ from typing import Any
 from bdkernels import env, native
 
 from .bench import CEILING, CPU, PEERS, REFERENCE, Shape
-from .timing import Timing
+from .timing import Timing, last_cache
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ def machine(arguments: Sequence[str]) -> dict[str, Any]:
     return {
         **{name: found[name] for name in ("cpu", "cores", "vector", "os", "torch", "native")},
         "versions": {name: found[name] for name in ("python", "numpy", "diffusers", "triton")},
+        "caches": f"cold before each call, last level {last_cache() >> 20} MiB",
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
