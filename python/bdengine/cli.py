@@ -210,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if words[0] not in COMMANDS:
             raise unknown("command", words[0], COMMANDS)
         return COMMANDS[words[0]][0](words[1:])
-    except UserError as error:
+    except (UserError, FloatingPointError) as error:
         print(f"bdengine: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

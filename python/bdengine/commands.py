@@ -18,7 +18,7 @@ from .evaluate import Reference, sample_arms, score_arms
 from .extractors import DigitFeatures, Extractor, InceptionFeatures
 from .files import read_json, write_json
 from .networks import Network
-from .sampler import Arm, Sampler
+from .sampler import Arm, Sampler, check_seeds
 from .schedule import Schedule
 from .shipped import find
 from .solvers import SamplerConfig
@@ -75,6 +75,9 @@ class Model:
 def sample(config: SampleConfig) -> int:
     """Run ``bdengine sample``."""
     seeds = seeds_of(config.seeds)
+    check_seeds(seeds)
+    if config.trigger_file and not config.trigger:
+        raise UserError(f"the trigger file {config.trigger_file} was given without a trigger: expected --trigger IMAGE")
     model = Model.load(config.checkpoint)
     sampler = model.sampler(config.sampler, config.steps, config.eta)
     table = sampler.table(model.process).clipped(config.clip)
@@ -107,9 +110,9 @@ def evaluate(config: EvaluateConfig) -> int:
     names = replace(
         attack,
         trigger=config.trigger or attack.trigger,
-        trigger_file=config.trigger_file or attack.trigger_file,
+        trigger_file=config.trigger_file if config.trigger else config.trigger_file or attack.trigger_file,
         target=config.target or attack.target,
-        target_file=config.target_file or attack.target_file,
+        target_file=config.target_file if config.target else config.target_file or attack.target_file,
     )
     if attack.name == "none" and not (config.trigger and config.target):
         raise UserError(f"{config.checkpoint} does not say how it was attacked: expected --trigger and --target")

@@ -141,7 +141,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
         results[name] = {"arms": score_arms(arms, attack.target, reference, config.threshold)}
         pictured[name] = {" / ".join(key): images[:SHOWN] for key, images in arms.items()}
         speeds.append(speed)
-    quality = reference.score(before["clean"])
+    quality = reference.score(before["clean"].cpu())
     source = "live" if succeeded(results["live"]["arms"], quality["frechet"]) else "shipped"
 
     curve = [json.loads(line) for line in (live_run.out / "stats.jsonl").read_text().splitlines()]
