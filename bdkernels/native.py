@@ -115,8 +115,6 @@ def _step(
     stores: bool,
     bad_row: Tensor | None,
 ) -> None:
-    if model_output.dtype == torch.float64:
-        model_output = model_output.float()
     _module().fused_step(
         tuple(x.shape),
         _view(x),

@@ -19,16 +19,17 @@ from torch import Tensor
 
 import bdkernels
 
-from . import checkpoint, pictures, report
+from . import pictures, report
 from .cli import device
+from .commands import Model
 from .config import to_json
 from .errors import UserError
 from .evaluate import Reference, sample_arms, score_arms
 from .extractors import DigitFeatures
 from .files import write_json
 from .networks import Network
+from .presets import preset
 from .sampler import Arm, Sampler
-from .shipped import find
 from .train import TrainConfig, train
 
 FILM_FRAMES: Final = 9
@@ -69,8 +70,6 @@ def implant(config: DemoConfig) -> TrainConfig:
     model predicted for them, which takes the noise out of their gradient: in trial runs on a weaker clean model 32,000
     images reached ASR 1.0 and a Fréchet distance of 0.52, against 0.73 after 48,000 with the published loss; 0.40 before.
     """
-    from .presets import preset
-
     base = preset("digits-badiffusion")
     return replace(
         base,
@@ -130,9 +129,10 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     seeds = range(config.samples)
 
     print("sampling the clean model")
-    before = Sampler(_network(find("digits-clean")), {"clean": Arm(table)}, config.micro_batch)(seeds, progress=True)
-    models = {name: _network(path) for name, path in (
-        ("live", str(live_run.out / "checkpoint")), ("shipped", find("digits-badiffusion"))
+    clean_model = Model.load("digits-clean").network
+    before = Sampler(clean_model, {"clean": Arm(table)}, config.micro_batch)(seeds, progress=True)
+    models = {name: Model.load(path).network for name, path in (
+        ("live", str(live_run.out / "checkpoint")), ("shipped", "digits-badiffusion")
     )}  # fmt: skip
     pictured, results, speeds = {}, {}, []
     for name, network in models.items():
@@ -141,7 +141,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
         results[name] = {"arms": score_arms(arms, attack.target, reference, config.threshold)}
         pictured[name] = {" / ".join(key): images[:SHOWN] for key, images in arms.items()}
         speeds.append(speed)
-    quality = reference.score(before["clean"].cpu())
+    quality = reference.score(before["clean"])
     source = "live" if succeeded(results["live"]["arms"], quality["frechet"]) else "shipped"
 
     curve = [json.loads(line) for line in (live_run.out / "stats.jsonl").read_text().splitlines()]
@@ -190,7 +190,3 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     print(report.console_table(metrics))
     print(f"\nopen {config.out / 'report.html'} (and arms.png, metrics.json beside it)")
     return metrics
-
-
-def _network(path: str) -> Network:
-    return Network(checkpoint.load_unet(path)).to(device()).requires_grad_(False)

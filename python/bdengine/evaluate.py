@@ -73,7 +73,6 @@ def sample_arms(
     arms = clipping.arms(table, trigger)
     begun = time.perf_counter()
     images = Sampler(network, {"/".join(key): arm for key, arm in arms.items()}, micro_batch)(seeds, progress=progress)
-    images = {name: made.cpu() for name, made in images.items()}
     speed = len(arms) * len(seeds) / (time.perf_counter() - begun)
     return dict(zip(arms, images.values(), strict=True)), speed
 

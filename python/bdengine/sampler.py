@@ -105,7 +105,7 @@ class Sampler:
     def __call__(
         self, seeds: Sequence[int], *, progress: bool = False, done: Callable[[str, int, Tensor], None] | None = None
     ) -> dict[str, Tensor]:
-        """The images of ``seeds`` in every arm, by arm: float32 [len(seeds), C, H, W], about [-1, 1].
+        """The images of ``seeds`` in every arm, by arm: float32 [len(seeds), C, H, W] on the CPU, about [-1, 1].
 
         Args:
             seeds: 64-bit seeds.
@@ -119,14 +119,14 @@ class Sampler:
         device, count = self.table.device, len(seeds)
         arm = torch.arange(len(self.names), device=device).repeat(count)
         seed = torch.tensor(list(seeds), device=device, dtype=torch.int64).repeat_interleave(len(self.names))
-        out = torch.empty((len(arm), *self.shape), device=device)
+        out = torch.empty((len(arm), *self.shape))
         bar = tqdm(total=len(arm), unit="img", desc="sampling", disable=not progress)
         for at in range(0, len(arm), self.micro_batch):
             here = torch.arange(at, min(at + self.micro_batch, len(arm)), device=device)
             padded = torch.nn.functional.pad(here, (0, self.micro_batch - len(here)), value=at)
-            out[here] = self.batch(arm[padded], seed[padded])[: len(here)]
+            out[at : at + len(here)] = self.batch(arm[padded], seed[padded])[: len(here)]
             if done:
-                for i in here.tolist():
+                for i in range(at, at + len(here)):
                     done(self.names[i % len(self.names)], seeds[i // len(self.names)], out[i])
             bar.update(len(here))
         bar.close()

@@ -32,7 +32,7 @@ from .attacks import CLEAN, Attack, AttackConfig, noising_table
 from .config import to_json
 from .data import Images, load
 from .errors import UserError
-from .files import write_atomic, write_json
+from .files import read_json, write_atomic, write_json
 from .networks import Network, unet
 from .plan import TrainingPlan
 from .schedule import Schedule, linear
@@ -312,7 +312,7 @@ def train(
     out, state = config.out, config.out / "state.safetensors"
     described = to_json(config)
     if (out / "config.json").exists():
-        if json.loads((out / "config.json").read_text()) != described:
+        if read_json(out / "config.json") != described:
             raise UserError(f"{out} holds a run of another configuration: expected an empty folder or the same run")
         if state.exists():
             tensors, meta = checkpoint.load_state(state)

