@@ -4,7 +4,7 @@ Arguments have been checked by ``ops.py``: dtypes, shapes, devices; ``x``, ``mod
 each slot of ``history`` contiguous or channels-last, everything else contiguous, images ``[1 or N, C, H, W]``. What only
 the kernel sees (an arm or a row out of range) is a ValueError, raised before anything is written.
 
-``BDK_ISA=baseline`` or ``avx2`` in the environment overrides the choice of instruction set.
+``BDK_ISA=baseline``, ``avx2`` or ``avx512`` in the environment overrides the choice of instruction set.
 """
 
 from __future__ import annotations
@@ -70,8 +70,13 @@ def _module() -> ModuleType:
 
 
 def isa() -> str:
-    """The instruction set in use: ``baseline`` (128-bit vectors) or ``avx2``."""
+    """The instruction set in use: ``avx512``, ``avx2`` or ``baseline`` (128-bit vectors)."""
     return str(_module().isa())
+
+
+def isas() -> list[str]:
+    """The instruction sets that run here, the fastest first."""
+    return list(_module().isas())
 
 
 def set_isa(name: str) -> None:

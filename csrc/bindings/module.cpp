@@ -4,6 +4,7 @@
 // A tensor is (address, format), format = 2 type + channels_last; an image shared or not is (address,
 // images); an absent tensor has address 0. Plain arguments and pairs: a call costs about a microsecond.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "bdk/philox.h"
 #include "cpu/ops.h"
@@ -135,6 +136,7 @@ PYBIND11_MODULE(_native, m) {
     m.def("philox", philox_words);
     m.def("columns", columns);
     m.def("isa", isa);
+    m.def("isas", isas);
     m.def("set_isa", set_isa);
     m.def("use_gomp_parallel", use_gomp_parallel);
 }

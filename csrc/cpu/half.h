@@ -68,4 +68,15 @@ BDK_HD Lanes<8>::W narrow<Lanes<8>>(Float16, Lanes<8>::F v) {
 }
 #endif
 
+#if defined(__AVX512F__)
+template <>
+BDK_HD Lanes<16>::F widen<Lanes<16>>(Float16, Lanes<16>::W h) {
+    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(__m512i(h)));
+}
+template <>
+BDK_HD Lanes<16>::W narrow<Lanes<16>>(Float16, Lanes<16>::F v) {
+    return Lanes<16>::W(_mm512_cvtepu16_epi32(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)));
+}
+#endif
+
 }  // namespace bdk

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <atomic>
 #include <stdexcept>
-#include <vector>
 
 #include "parallel.h"
 
@@ -14,22 +13,20 @@ namespace {
 // batch. Fixed, so that a sample's loss is summed alike for any number of threads.
 constexpr int64_t kSpan = 8192;
 
-bool runs_avx2() {
+// Those that run here, the fastest first.
+std::vector<const Rows*> usable() {
+    std::vector<const Rows*> found;
 #if defined(__x86_64__)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
-#else
-    return false;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        found.push_back(&AVX512);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) found.push_back(&AVX2);
 #endif
+    found.push_back(&BASELINE);
+    return found;
 }
 
-const Rows* find_rows(const std::string& name) {
-#if defined(__x86_64__)
-    if (name == AVX2.name && runs_avx2()) return &AVX2;
-#endif
-    return name == BASELINE.name ? &BASELINE : nullptr;
-}
-
-std::atomic<const Rows*> rows{find_rows(runs_avx2() ? "avx2" : "baseline")};
+std::atomic<const Rows*> rows{usable().front()};
 
 int64_t pieces(const Extent& extent) { return (extent.elements + kSpan - 1) / kSpan; }
 
@@ -64,12 +61,22 @@ void check_arms(const int64_t* arm, const int64_t* arm_inside, int64_t samples, 
 
 const char* isa() { return rows.load()->name; }
 
+std::vector<std::string> isas() {
+    std::vector<std::string> names;
+    for (const Rows* one : usable()) names.push_back(one->name);
+    return names;
+}
+
 void set_isa(const std::string& name) {
-    const Rows* found = find_rows(name);
-    if (found == nullptr)
-        throw std::invalid_argument("instruction set '" + name + "' does not run here: expected baseline" +
-                                    (runs_avx2() ? " or avx2" : ""));
-    rows = found;
+    std::string names;
+    for (const Rows* one : usable()) {
+        if (name == one->name) {
+            rows = one;
+            return;
+        }
+        names += (names.empty() ? "" : ", ") + std::string(one->name);
+    }
+    throw std::invalid_argument("instruction set '" + name + "' does not run here: expected one of " + names);
 }
 
 void normal(const Extent& extent, const NormalCall& call) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "rows.h"
 
@@ -18,7 +19,8 @@ void fused_step(const Extent&, const StepCall&, int64_t* bad_row);  // bad_row m
 void fused_noising(const Extent&, const NoisingCall&);
 void fused_loss(const Extent&, const LossCall&, float* losses);
 
-const char* isa();
+const char* isa();                // the one in use
+std::vector<std::string> isas();  // those that run here, the fastest first
 void set_isa(const std::string& name);
 
 }  // namespace bdk

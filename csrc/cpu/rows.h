@@ -81,7 +81,8 @@ struct Rows {
 
 extern const Rows BASELINE;  // 128-bit vectors
 #if defined(__x86_64__)
-extern const Rows AVX2;  // and F16C
+extern const Rows AVX2;    // and F16C
+extern const Rows AVX512;  // F, BW, DQ and VL
 #endif
 
 }  // namespace bdk

@@ -143,7 +143,12 @@ struct Sum {
 
     BDK_HD void add(const Block<L>& v) {
         for (int i = 0; i < 4; ++i)
-            if constexpr (L::kLanes == 8) {
+            if constexpr (L::kLanes == 16) {
+                low += wide(__builtin_shufflevector(v[i], v[i], 0, 1, 2, 3));
+                high += wide(__builtin_shufflevector(v[i], v[i], 4, 5, 6, 7));
+                low += wide(__builtin_shufflevector(v[i], v[i], 8, 9, 10, 11));
+                high += wide(__builtin_shufflevector(v[i], v[i], 12, 13, 14, 15));
+            } else if constexpr (L::kLanes == 8) {
                 low += wide(__builtin_shufflevector(v[i], v[i], 0, 1, 2, 3));
                 high += wide(__builtin_shufflevector(v[i], v[i], 4, 5, 6, 7));
             } else {

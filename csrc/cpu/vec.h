@@ -1,4 +1,5 @@
-// Lanes<4> (128 bits: any x86-64, aarch64) and Lanes<8> (AVX2) as GCC and Clang vector types.
+// Lanes<4> (128 bits: any x86-64, aarch64), Lanes<8> (AVX2) and Lanes<16> (AVX-512) as GCC and Clang vector
+// types.
 //
 // Intrinsics stand only where the compiler has no operator for what the machine has in one instruction.
 #pragma once
@@ -51,21 +52,28 @@ struct Lanes {
     BDK_HD static W join(const D (&half)[2]) {
         if constexpr (N == 4)
             return __builtin_shufflevector(W(half[0]), W(half[1]), 0, 4, 2, 6);
-        else
+        else if constexpr (N == 8)
             return __builtin_shufflevector(W(half[0]), W(half[1]), 0, 8, 2, 10, 4, 12, 6, 14);
+        else
+            return __builtin_shufflevector(W(half[0]), W(half[1]), 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26,
+                                           12, 28, 14, 30);
     }
 
     BDK_HD static F low(F a, F b) {
         if constexpr (N == 4)
             return __builtin_shufflevector(a, b, 0, 4, 1, 5);
-        else
+        else if constexpr (N == 8)
             return __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13);
+        else
+            return __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
     }
     BDK_HD static F high(F a, F b) {
         if constexpr (N == 4)
             return __builtin_shufflevector(a, b, 2, 6, 3, 7);
-        else
+        else if constexpr (N == 8)
             return __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
+        else
+            return __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
     }
     BDK_HD static void transpose(F (&z)[4]) {
         const F even_low = low(z[0], z[2]), even_high = high(z[0], z[2]);
@@ -77,6 +85,9 @@ struct Lanes {
     }
 
     BDK_HD static D multiply(D word, uint32_t m) {
+#if defined(__AVX512F__)
+        if constexpr (N == 16) return D(_mm512_mul_epu32(__m512i(word), _mm512_set1_epi32(int32_t(m))));
+#endif
 #if defined(__AVX2__)
         if constexpr (N == 8) return D(_mm256_mul_epu32(__m256i(word), _mm256_set1_epi32(int32_t(m))));
 #endif
@@ -90,6 +101,9 @@ struct Lanes {
     }
 
     BDK_HD static F sqrt(F v) {
+#if defined(__AVX512F__)
+        if constexpr (N == 16) return _mm512_sqrt_ps(v);
+#endif
 #if defined(__AVX2__)
         if constexpr (N == 8) return _mm256_sqrt_ps(v);
 #endif
@@ -105,6 +119,10 @@ struct Lanes {
 
     // GCC 12 widens a vector of 8 bytes one byte at a time.
     BDK_HD static W load_bytes(const uint8_t* p) {
+#if defined(__AVX512F__)
+        if constexpr (N == 16)
+            return W(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#endif
 #if defined(__AVX2__)
         if constexpr (N == 8)
             return W(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
@@ -126,11 +144,5 @@ struct Lanes {
         return v;
     }
 };
-
-#if defined(__AVX2__)
-using Native = Lanes<8>;
-#else
-using Native = Lanes<4>;
-#endif
 
 }  // namespace bdk
