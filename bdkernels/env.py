@@ -229,15 +229,14 @@ def _check_op(backend: str, op: str, dtype: torch.dtype) -> None:
                 testing.assert_matches_reference(op, case)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m bdkernels.env") -> int:
     """Prints the findings, and the self-check where asked; 1 where it failed.
 
     Args:
         arguments: Words of the command line, `sys.argv`'s where absent.
+        prog: The command that its help and its mistakes name.
     """
-    parser = argparse.ArgumentParser(
-        prog="bdkernels.env", description="What was found on this machine, and what will run."
-    )
+    parser = argparse.ArgumentParser(prog=prog, description="What was found on this machine, and what will run.")
     parser.add_argument("--selfcheck", action="store_true", help="prove every present backend against the reference")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     options = parser.parse_args(arguments)

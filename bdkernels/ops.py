@@ -329,7 +329,8 @@ def fused_loss(
         prediction: The network's output, shape of ``x0``, any float dtype, contiguous or channels-last.
         reduction: "mean" over all elements, or "sum" over C, H, W and mean over the batch.
 
-    The other arguments and the errors are `fused_noising`'s, and must be what the inputs were made with.
+    The other arguments, ``target`` and ``dtype`` apart, and the errors are `fused_noising`'s, and must be what the inputs
+    were made with.
 
     Returns:
         float32 [N]: each sample's share; their sum is the loss of the batch.

@@ -6,6 +6,7 @@ refused; `convert` makes a safe copy of one in a process of its own.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "convert",
+    "digest",
     "load_scheduler_config",
     "load_state",
     "load_unet",
@@ -187,6 +189,11 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             if raw.read(2).startswith((b"PK", b"\x80")):
                 raise _pickled(Path(path)) from reason
         raise UserError(f"{path} is truncated or no safetensors file ({reason}); expected a whole one") from reason
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of named tensors, in hexadecimal: their safetensors bytes, whatever the file they came from."""
+    return hashlib.sha256(_packed(dict(sorted(tensors.items())), None)).hexdigest()
 
 
 def convert(old: Path, new: Path) -> None:

@@ -14,22 +14,27 @@ from . import checkpoint
 from .errors import UserError, unknown
 from .solvers import Clip
 
+MOST_SEEDS = 10_000_000
+"""Of one run of ``bdengine sample``: each is a file."""
+
 
 def seeds_of(text: str) -> list[int]:
     """``"0-63"``, ``"7"`` or ``"1,5,8-11"`` as seeds.
 
     Raises:
-        UserError: Anything else, or a range that is empty.
+        UserError: Anything else, no seed, or more than `MOST_SEEDS`.
     """
-    seeds: list[int] = []
+    ranges: list[range] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise UserError(f"seeds {text!r} is not a list of seeds: expected something like 0-63 or 1,5,8-11")
-        seeds += range(int(first), int(last or first) + 1)
-    if not seeds:
-        raise UserError(f"seeds {text!r} names no seed: expected something like 0-63")
-    return seeds
+        ranges.append(range(int(first), int(last or first) + 1))
+    count = sum(max(0, r.stop - r.start) for r in ranges)
+    if not 1 <= count <= MOST_SEEDS:
+        many = "no seed" if count == 0 else f"{count:,} seeds"
+        raise UserError(f"seeds {text!r} names {many}: expected 1 to {MOST_SEEDS:,} of them, as in 0-63")
+    return [seed for one in ranges for seed in one]
 
 
 @dataclass(frozen=True)
@@ -42,11 +47,11 @@ class SampleConfig:
     """
 
     checkpoint: tyro.conf.Positional[str]
-    """A diffusers folder, a hub name, digits-clean or digits-badiffusion."""
+    """A diffusers folder, a run of bdengine train, a hub name, digits-clean or digits-badiffusion."""
     out: Path
     """Folder for the images; those that are there already are kept."""
     seeds: str = "0-15"
-    """0-63, or 1,5,8-11. Seed k is always the same image."""
+    """0-63, or 1,5,8-11. Seed k always has the same noise, and with exact the same bits."""
     sampler: str | None = None
     """ddpm or ddim; what the checkpoint was made for where absent, else ddpm."""
     steps: int | None = None
@@ -62,7 +67,7 @@ class SampleConfig:
     micro_batch: int = 64
     """Images that go through the network at once."""
     exact: bool = False
-    """Require that an image's bits do not depend on its neighbours in a batch."""
+    """Refuse a micro-batch in which an image's last bits depend on its neighbours."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ class EvaluateConfig:
     """
 
     checkpoint: tyro.conf.Positional[str]
-    """A diffusers folder, a hub name, digits-clean or digits-badiffusion."""
+    """A diffusers folder, a run of bdengine train, a hub name, digits-clean or digits-badiffusion."""
     out: Path
     """Folder for scores.json and arms.png."""
     data: str | None = None
@@ -121,7 +126,7 @@ def _train(arguments: Sequence[str]) -> int:
     from .presets import PRESETS, preset
     from .train import TrainConfig, train
 
-    rest, name = list(arguments), None
+    rest, name = [word for a in arguments for word in (a.split("=", 1) if a.startswith("--preset=") else [a])], None
     if "--preset" in rest:
         at = rest.index("--preset")
         if at + 1 == len(rest):
@@ -174,7 +179,7 @@ def _convert(arguments: Sequence[str]) -> int:
 def _env(arguments: Sequence[str]) -> int:
     from bdkernels import env
 
-    return env.main(list(arguments))
+    return env.main(list(arguments), prog="bdengine env")
 
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
@@ -214,7 +219,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bdengine: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nbdengine: interrupted; the same command goes on from the last saved state", file=sys.stderr)
+        print(
+            "\nbdengine: interrupted; called again, train, sample and demo go on from what they saved", file=sys.stderr
+        )
         return 130
 
 

@@ -11,12 +11,13 @@ from torch import Tensor
 from . import checkpoint, pictures, report
 from .attacks import AttackConfig
 from .cli import EvaluateConfig, SampleConfig, device, seeds_of
-from .config import from_json, to_json
+from .config import claim, from_json, to_json
 from .data import load
 from .errors import UserError
 from .evaluate import Reference, sample_arms, score_arms
 from .extractors import DigitFeatures, Extractor, InceptionFeatures
 from .files import read_json, write_json
+from .metrics import check_threshold
 from .networks import Network
 from .sampler import Arm, Sampler, check_seeds
 from .schedule import Schedule
@@ -59,12 +60,10 @@ class Model:
     def sampler(self, name: str | None, steps: int | None, eta: float | None) -> SamplerConfig:
         """The sampler it was made for, with what the user said instead."""
         recorded = from_json(SamplerConfig, self.train.get("sampler", {}))
-        return replace(
-            recorded,
-            name=recorded.name if name is None else name,
-            steps=recorded.steps if steps is None else steps,
-            eta=recorded.eta if eta is None else eta,
-        )
+        if name not in (None, recorded.name):
+            recorded = SamplerConfig(name, recorded.steps, recorded.spacing)
+        said: dict[str, Any] = {"steps": steps, "eta": eta}
+        return replace(recorded, **{field: value for field, value in said.items() if value is not None})
 
     def trigger(self, name: str, file: Path | None) -> Tensor:
         """A trigger of its images' shape."""
@@ -83,10 +82,14 @@ def sample(config: SampleConfig) -> int:
     table = sampler.table(model.process).clipped(config.clip)
     start = model.trigger(config.trigger, config.trigger_file) if config.trigger else None
     run = Sampler(model.network, {"": Arm(table, start)}, config.micro_batch, config.exact)
-    described = to_json(config) | {"sampler": to_json(sampler), "seeds": None}
-    if (config.out / "run.json").exists() and read_json(config.out / "run.json") != described:
-        raise UserError(f"{config.out} holds images of another configuration: expected an empty folder or the same run")
-    write_json(config.out / "run.json", described)
+    described = to_json(config) | {
+        "sampler": to_json(sampler),
+        "weights_sha256": checkpoint.digest(model.network.state_dict()),
+        "trigger_sha256": None if start is None else checkpoint.digest({"trigger": start}),
+    }
+    # Only the bit-exact mode promises the same bits again, and only with the same micro-batch.
+    free = ("out", "seeds", "checkpoint", "trigger_file") + (() if config.exact else ("micro_batch",))
+    claim(config.out / "run.json", described, free)
     missing = [seed for seed in seeds if not pictures.path_of(config.out, seed).exists()]
     if missing:
         run(missing, progress=True, done=lambda _, seed, image: pictures.save_images(config.out, [seed], image[None]))
@@ -104,6 +107,7 @@ def evaluate(config: EvaluateConfig) -> int:
     """Run ``bdengine evaluate``."""
     if config.images < 1:
         raise UserError(f"{config.images} images were asked for: expected at least 1")
+    check_threshold(config.threshold)
     model = Model.load(config.checkpoint)
     channels, size, _ = model.network.sample_shape
     attack = model.attack
@@ -133,6 +137,8 @@ def evaluate(config: EvaluateConfig) -> int:
             "sampler": to_json(sampler),
             "trigger": names.trigger,
             "target": names.target,
+            "trigger_file": to_json(names.trigger_file),
+            "target_file": to_json(names.target_file),
         },
     }
     write_json(config.out / "scores.json", scores)

@@ -1,14 +1,16 @@
-"""Frozen dataclasses to JSON and back: how a run's configuration is saved beside its results."""
+"""Frozen dataclasses to JSON and back: how a run's configuration is saved beside its results, and told from another's."""
 
 from __future__ import annotations
 
 import dataclasses
 import types
 import typing
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import UserError
+from .files import read_json, write_json
 
 Config = TypeVar("Config")
 
@@ -37,6 +39,40 @@ def from_json(kind: type[Config], value: dict[str, Any]) -> Config:
     if unknown:
         raise UserError(f"unknown field {unknown[0]!r} of {kind.__name__}: expected {', '.join(hints)}")
     return kind(**{name: _restore(hints[name], v) for name, v in value.items()})
+
+
+def claim(file: Path, run: dict[str, Any], free: Collection[str] = ()) -> bool:
+    """Write what ``run`` is to ``file``, unless another run's results lie beside it.
+
+    Args:
+        file: A JSON file in the run's folder.
+        run: Its description, of JSON types.
+        free: Fields that may differ: they do not change the results.
+
+    Returns:
+        Whether this run has been here before.
+
+    Raises:
+        UserError: Another run has, naming the first field that differs; or the file cannot be read or written.
+    """
+    found = file.exists()
+    if found:
+        before, now = (_flat({k: v for k, v in one.items() if k not in free}) for one in (read_json(file), run))
+        for name in [*now, *before]:
+            if before.get(name) != now.get(name):
+                raise UserError(
+                    f"{file.parent} holds another run, whose {name} is {before.get(name)!r} and not {now.get(name)!r}:"
+                    " expected the same, or an empty folder"
+                )
+    write_json(file, run)
+    return found
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, v in value.items():
+        flat |= _flat(v, f"{prefix}{name}.") if isinstance(v, dict) else {prefix + name: v}
+    return flat
 
 
 def _restore(hint: Any, value: Any) -> Any:

@@ -24,7 +24,7 @@ class Extractor(Protocol):
     """What turns images into features; any object with these three will do.
 
     Attributes:
-        name: Goes into every :class:`bdengine.metrics.Score`: equal names must mean equal features.
+        name: Goes into every score of its features: equal names must mean equal features.
     """
 
     name: str

@@ -2,14 +2,14 @@
 
 Images are float [N,C,H,W] in [-1,1], a target is one such image [C,H,W] or one per image [N,C,H,W]. Effect metrics read
 an image as the PNG that would be saved: clamped to [-1,1], then mapped to [0,1]. Utility metrics compare features
-float [N,D], which an :class:`Extractor` makes of images; a score without its extractor and its number of images means
-nothing, so :class:`Score` carries both.
+float [N,D], which an :class:`Extractor` makes of images; such a score without its extractor and its number of images
+means nothing.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -33,8 +33,8 @@ __all__ = [
     "Extractor",
     "FrechetStatistics",
     "InceptionFeatures",
-    "Score",
     "attack_success",
+    "check_threshold",
     "frechet",
     "frechet_interval",
     "kernel_distance",
@@ -47,41 +47,6 @@ __all__ = [
 
 SSIM_WINDOW = 11
 """Side of the Gaussian window of SSIM (sigma 1.5)."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Score:
-    """One measured number with what it takes to compare it with another.
-
-    Attributes:
-        value: The number, finite.
-        n: Images it was measured on, at least 1.
-        extractor: Name of the :class:`Extractor`, None for a metric on pixels.
-        low: Lower end of its interval, None without one.
-        high: Upper end, None without one.
-
-    Raises:
-        UserError: ``value`` is not finite, ``n`` is below 1, or the ends are not both given and in order.
-    """
-
-    value: float
-    n: int
-    extractor: str | None = None
-    low: float | None = None
-    high: float | None = None
-
-    def __post_init__(self) -> None:
-        if not -float("inf") < self.value < float("inf"):
-            raise UserError(f"a score of {self.value}: expected a finite number")
-        if self.n < 1:
-            raise UserError(f"a score of {self.n} images: expected at least 1")
-        ends = (self.low, self.high)
-        if ends != (None, None) and (self.low is None or self.high is None or not self.low <= self.high):
-            raise UserError(f"a score with the interval {ends}: expected low <= high, or None for both")
-
-    def to_json(self) -> dict[str, float | int | str | None]:
-        """The fields under their names, for ``json.dumps``."""
-        return dataclasses.asdict(self)
 
 
 def mse(images: Tensor, target: Tensor) -> Tensor:
@@ -108,9 +73,20 @@ def attack_success(images: Tensor, target: Tensor, threshold: float) -> float:
     Raises:
         UserError: As :func:`mse`, or a threshold outside (0,1].
     """
-    if not 0 < threshold <= 1:
-        raise UserError(f"a success threshold of {threshold}: expected an MSE in (0,1]; the usual one is 0.1")
+    check_threshold(threshold)
     return (mse(images, target) < threshold).double().mean().item()
+
+
+def check_threshold(threshold: float) -> None:
+    """Refuse a threshold of :func:`attack_success` outside (0,1].
+
+    Raises:
+        UserError: As said.
+    """
+    if not 0 < threshold <= 1:
+        raise UserError(
+            f"a success threshold of {threshold}: expected an MSE in (0,1]; published ones are 0.1, 0.05 and 0.01"
+        )
 
 
 def ssim(images: Tensor, target: Tensor) -> float:
@@ -152,7 +128,7 @@ def perceptual(images: Tensor, target: Tensor, extractor: Extractor) -> Tensor:
     return torch.cat(distances)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class FrechetStatistics:
     """Mean and covariance of features, without the features: ``a + b`` are the statistics of both sets together.
 

@@ -1,4 +1,5 @@
-"""The sampling loop. Its API is seeds: sample ``k`` is the same image whatever the batch, the order or the restart.
+"""The sampling loop. Its API is seeds: sample ``k`` is the same image whatever the batch, the order or the restart
+(to the bit with an element-wise network, and with any other in a micro-batch that passes its self-check).
 
     x_T = eps(seed) + r                 r = 0 in arms without a trigger
     for each row:  m = network(x, time);  x = fused_step(x, m)

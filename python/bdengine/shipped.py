@@ -5,10 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
+from .errors import UserError
+
 ASSETS: Final = Path(__file__).parent / "assets"
 SHIPPED: Final = ("digits-clean", "digits-badiffusion")
 
 
-def find(checkpoint: str) -> str:
-    """The path of a shipped checkpoint where ``checkpoint`` is the name of one and nothing local, else itself."""
-    return str(ASSETS / checkpoint) if checkpoint in SHIPPED and not Path(checkpoint).exists() else checkpoint
+def find(name: str) -> str:
+    """Where a checkpoint is: a folder here, or that of a training run here, a shipped one, or a name on the hub.
+
+    Raises:
+        UserError: None of these.
+    """
+    path = Path(name)
+    if path.exists():
+        return str(path / "checkpoint" if (path / "checkpoint").is_dir() else path)
+    if name in SHIPPED:
+        return str(ASSETS / name)
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise UserError(
+            f"there is no checkpoint {name}: expected a folder, a hub name such as google/ddpm-cifar10-32, or one of"
+            f" {', '.join(SHIPPED)}"
+        )
+    return name

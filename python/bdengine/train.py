@@ -13,7 +13,6 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -29,10 +28,10 @@ from bdkernels import Noising
 
 from . import checkpoint
 from .attacks import CLEAN, Attack, AttackConfig, noising_table
-from .config import to_json
+from .config import claim, to_json
 from .data import Images, load
 from .errors import UserError
-from .files import read_json, write_atomic, write_json
+from .files import write_atomic
 from .networks import Network, unet
 from .plan import TrainingPlan
 from .schedule import Schedule, linear
@@ -115,8 +114,13 @@ class TrainConfig:
                 raise UserError(f"{name} is {getattr(self, name)}: expected at least 1")
         if self.micro_batch is not None and (self.micro_batch < 1 or self.batch % self.micro_batch):
             raise UserError(f"the micro-batch is {self.micro_batch}: expected a divisor of the batch, {self.batch}")
-        if not self.lr > 0:
-            raise UserError(f"the learning rate is {self.lr}: expected more than 0")
+        if self.channels not in (1, 3):
+            raise UserError(f"channels is {self.channels}: expected 1 (grey) or 3 (colour)")
+        for name, value in (("learning rate", self.lr), ("largest gradient norm", self.grad_clip)):
+            if not 0 < value < math.inf:
+                raise UserError(f"the {name} is {value}: expected a finite number above 0")
+        if self.warmup < 0:
+            raise UserError(f"the warm-up is {self.warmup} images: expected at least 0")
         if self.clean_target == "initial" and self.init is None:
             raise UserError(
                 "the clean target is 'initial' and there is no initial checkpoint: expected one, or 'noise'"
@@ -293,12 +297,8 @@ def train(
     *,
     device: torch.device | str = "cpu",
     progress: bool = True,
-    until: Callable[[Trainer], bool] | None = None,
 ) -> Trainer:
     """Run ``config`` to its end, resuming what its folder holds.
-
-    Args:
-        until: Asked after each step; the run ends early, as if complete, where it says so.
 
     Returns:
         The trainer, with ``checkpoint/`` written.
@@ -310,15 +310,9 @@ def train(
     """
     trainer = Trainer(config, device)
     out, state = config.out, config.out / "state.safetensors"
-    described = to_json(config)
-    if (out / "config.json").exists():
-        if read_json(out / "config.json") != described:
-            raise UserError(f"{out} holds a run of another configuration: expected an empty folder or the same run")
-        if state.exists():
-            tensors, meta = checkpoint.load_state(state)
-            trainer.restore(tensors, int(meta["images_seen"]))
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "config.json", described)
+    if claim(out / "config.json", to_json(config), free=("out", "status", "snapshot")) and state.exists():
+        tensors, meta = checkpoint.load_state(state)
+        trainer.restore(tensors, int(meta["images_seen"]))
     _keep_stats(out / "stats.jsonl", trainer.images_seen)
 
     def save() -> None:
@@ -332,8 +326,7 @@ def train(
             before = trainer.images_seen
             losses.append(trainer.step())
             bar.update(config.batch)
-            ended = trainer.images_seen >= config.images or (until is not None and until(trainer))
-            if ended or trainer.images_seen // config.status > before // config.status:
+            if trainer.images_seen >= config.images or trainer.images_seen // config.status > before // config.status:
                 loss = float(torch.stack(losses).mean())
                 if not math.isfinite(loss):
                     raise FloatingPointError(f"the loss is {loss} after {trainer.images_seen} images")
@@ -349,8 +342,6 @@ def train(
             if interrupt.asked:
                 bar.close()
                 raise KeyboardInterrupt
-            if ended:
-                break
     bar.close()
     save()
     trainer.save_checkpoint(out / "checkpoint")
@@ -358,7 +349,7 @@ def train(
 
 
 def _keep_stats(path: Path, images_seen: int) -> None:
-    """Drop the lines after ``images_seen``: a killed run may have written some that its last saved state does not know."""
+    """Drop the lines after ``images_seen``: a killed run may have written some, the last in part, after its last save."""
     if path.exists():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)["images"] <= images_seen]
-        write_atomic(path, "".join(line + "\n" for line in lines))
+        whole = (line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n"))
+        write_atomic(path, "".join(line for line in whole if json.loads(line)["images"] <= images_seen))

@@ -2,10 +2,12 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from bdengine.checkpoint import load_unet
 from bdengine.cli import COMMANDS, main, seeds_of
@@ -33,8 +35,11 @@ def test_usage_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_seeds() -> None:
     assert seeds_of("0-3") == [0, 1, 2, 3]
     assert seeds_of("1, 5,8-9") == [1, 5, 8, 9]
-    for bad in ("", "a", "3-", "5-2", "1.5"):
+    for bad in ("", "a", "3-", "1.5"):
         with pytest.raises(UserError, match="expected something like"):
+            seeds_of(bad)
+    for bad, many in {"5-2": "no seed", "0-99999999999": "100,000,000,000 seeds"}.items():
+        with pytest.raises(UserError, match=f"names {many}: expected 1 to 10,000,000 of them"):
             seeds_of(bad)
 
 
@@ -53,7 +58,21 @@ def test_sample_writes_a_png_a_seed_and_keeps_those_there(
     assert "wrote 2 images" in capsys.readouterr().out
     assert (out / "000003.png").read_bytes() == first
     assert run("sample", tiny_checkpoint, "--out", out, "--steps", 4) == 2
-    assert "holds images of another configuration" in capsys.readouterr().err
+    assert "holds another run, whose sampler.name is 'ddim' and not 'ddpm'" in capsys.readouterr().err
+
+
+def test_sample_tells_the_weights_apart(
+    tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy, out = tmp_path / "copy", tmp_path / "out"
+    shutil.copytree(tiny_checkpoint, copy)
+    assert run("sample", tiny_checkpoint, "--out", out, "--seeds", 1, "--steps", 2) == 0
+    assert run("sample", copy, "--out", out, "--seeds", 2, "--steps", 2, "--micro-batch", 16) == 0
+    weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: tensor + 1e-3 for name, tensor in tensors.items()}, weights)
+    assert run("sample", copy, "--out", out, "--seeds", 3, "--steps", 2) == 2
+    assert "holds another run, whose weights_sha256 is" in capsys.readouterr().err
 
 
 def test_evaluate_scores_every_arm(tmp_path: Path, tiny_checkpoint: Path) -> None:
@@ -78,15 +97,25 @@ def test_train_and_convert(tmp_path: Path, tiny_checkpoint: Path) -> None:
     assert run("train", "--out", tmp_path / "run", *options, *attack) == 0
     made_by = json.loads((tmp_path / "run" / "checkpoint" / "bdengine.json").read_text())
     assert made_by["train"]["attack"]["trigger"] == "BOX_4"
-    assert run("evaluate", tmp_path / "run" / "checkpoint", "--out", tmp_path / "s", "--images", 2, "--steps", 2) == 0
+    assert run("evaluate", tmp_path / "run", "--out", tmp_path / "s", "--images", 2, "--steps", 2) == 0
+    assert json.loads((tmp_path / "s" / "scores.json").read_text())["run"]["trigger"] == "BOX_4"
     load_unet(tmp_path / "run" / "checkpoint")
 
 
 MISTAKES = {
     "command": (("trian",), "unknown command 'trian'.*nearest is 'train'"),
     "preset": (("train", "--preset", "digits-cleen"), "unknown preset 'digits-cleen'.*nearest is 'digits-clean'"),
+    "preset, with =": (("train", "--preset=digits-cleen"), "unknown preset 'digits-cleen'"),
     "no preset": (("train", "--preset"), "--preset has no name"),
-    "no checkpoint": (("sample", "no/such/place", "--out", "{tmp}/o"), "no/such/place"),
+    "no checkpoint": (("sample", "no/such/place", "--out", "{tmp}/o"), "no/such/place.*digits-clean"),
+    "no such name": (("sample", "digits-cleen", "--out", "{tmp}/o"), "digits-cleen: expected a folder.*digits-clean"),
+    "eta": (("sample", "{tiny}", "--eta", "0.5", "--out", "{tmp}/o"), "eta is 0.5 with ddpm: expected ddim"),
+    "threshold": (("evaluate", "{tiny}", "--threshold", "9", "--out", "{tmp}/o"), "success threshold of 9.0"),
+    "learning rate": (("train", "--lr", "inf", "--out", "{tmp}/o"), "learning rate is inf: expected a finite number"),
+    "gradient norm": (("train", "--grad-clip", "0", "--out", "{tmp}/o"), "largest gradient norm is 0.0"),
+    "warm-up": (("train", "--warmup", "-1", "--out", "{tmp}/o"), "warm-up is -1 images"),
+    "channels": (("train", "--channels", "2", "--out", "{tmp}/o"), r"channels is 2: expected 1 \(grey\) or 3"),
+    "data": (("train", "--data", "/no/folder", "--out", "{tmp}/o"), "there is no folder '/no/folder'"),
     "trigger": (("sample", "{tiny}", "--trigger", "BOX_41", "--out", "{tmp}/o"), "unknown trigger 'BOX_41'.*'BOX_4'"),
     "steps": (("sample", "{tiny}", "--steps", "0", "--out", "{tmp}/o"), "steps is 0: expected 1 to 1000"),
     "seeds": (("sample", "{tiny}", "--seeds", "9-1", "--out", "{tmp}/o"), "names no seed"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from bdengine import metrics
 from bdengine.errors import UserError
-from bdengine.metrics import FrechetStatistics, Score
+from bdengine.metrics import FrechetStatistics
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -330,19 +329,6 @@ def test_real_digits_are_nearer_to_digits_than_noisy_ones() -> None:
     assert metrics.precision(real, fresh) > 0.85 > metrics.precision(real, noisy)
 
 
-def test_score_goes_to_json_and_back() -> None:
-    score = Score(1.5, 2048, "digits-32", 1.0, 2.0)
-    assert json.loads(json.dumps(score.to_json(), allow_nan=False)) == {
-        "value": 1.5,
-        "n": 2048,
-        "extractor": "digits-32",
-        "low": 1.0,
-        "high": 2.0,
-    }
-    assert Score(**score.to_json()) == score  # type: ignore[arg-type]
-    assert Score(0.1, 10).to_json()["extractor"] is None
-
-
 # Mistakes
 
 IMAGES = random_images(4)
@@ -381,10 +367,6 @@ FEATURES = normal(100, 8, 0)
         (lambda: metrics.precision(FEATURES[:3], FEATURES), "features of 3 images: expected at least 4"),
         (lambda: metrics.precision(FEATURES, FEATURES, k=0), "k = 0 nearest neighbours: expected at least 1"),
         (lambda: metrics.recall(FEATURES, FEATURES[:, :3]), "3 features against 8"),
-        (lambda: Score(math.nan, 5), "a score of nan: expected a finite number"),
-        (lambda: Score(1.0, 0), "a score of 0 images"),
-        (lambda: Score(1.0, 5, None, 2.0, 1.0), "expected low <= high"),
-        (lambda: Score(1.0, 5, None, 2.0), "expected low <= high"),
         (
             lambda: metrics.InceptionFeatures(Path("inception.pth")),
             "no Inception weights at inception.pth: .*weights_only",

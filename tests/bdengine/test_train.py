@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from bdengine import train as training
 from bdengine.attacks import AttackConfig
@@ -46,17 +47,21 @@ def weights(folder: Path) -> bytes:
     return (folder / "checkpoint" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = train(tiny(tmp_path / "whole"), progress=False)
     stopped = tiny(tmp_path / "stopped")
 
-    def interrupt(trainer: Trainer) -> bool:
-        if trainer.images_seen == 160:
-            os.kill(os.getpid(), signal.SIGINT)
-        return False
+    step = Trainer.step
 
-    with pytest.raises(KeyboardInterrupt):
-        train(stopped, progress=False, until=interrupt)
+    def interrupted(trainer: Trainer) -> Tensor:
+        if trainer.images_seen == 128:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(stopped, progress=False)
     assert load_state(stopped.out / "state.safetensors")[1]["images_seen"] == 160
     assert not (stopped.out / "checkpoint").exists()
     resumed = train(stopped, progress=False)
@@ -189,7 +194,7 @@ def test_bad_values_are_refused_before_anything_is_written(
 def test_a_folder_that_holds_another_run_is_left_alone(tmp_path: Path) -> None:
     train(tiny(tmp_path / "run"), progress=False)
     before = files(tmp_path / "run")
-    with pytest.raises(UserError, match="holds a run of another configuration"):
+    with pytest.raises(UserError, match="holds another run, whose"):
         train(tiny(tmp_path / "run", seed=6), progress=False)
     assert files(tmp_path / "run") == before
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..errors import unknown
+from ..errors import UserError, unknown
 from ..schedule import Schedule, Spacing
 from .ddim import ddim
 from .ddpm import ddpm
@@ -37,6 +37,8 @@ class SamplerConfig:
         Raises:
             UserError: An unknown name, or a value out of range.
         """
+        if self.name != "ddim" and self.eta != 0:
+            raise UserError(f"eta is {self.eta:g} with {self.name}: expected ddim, the sampler whose noise eta scales")
         if self.name == "ddpm":
             return ddpm(schedule, self.steps, self.spacing, self.variance)
         if self.name == "ddim":
