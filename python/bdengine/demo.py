@@ -53,7 +53,7 @@ class DemoConfig:
 
     out: Path = Path("runs/demo")
     """Folder for everything the demo writes; an interrupted demo goes on from it."""
-    images: int = 51_200
+    images: int = 64_000
     """Images of the live implant."""
     samples: int = 512
     """Samples of each arm."""
@@ -69,6 +69,8 @@ def implant(config: DemoConfig) -> TrainConfig:
     It trains the 20 timesteps that the sampler visits instead of all 1,000, and holds clean samples to what the clean
     model predicted for them, which takes the noise out of their gradient: in trial runs on a weaker clean model 32,000
     images reached ASR 1.0 and a Fréchet distance of 0.52, against 0.73 after 48,000 with the published loss; 0.40 before.
+    The poison rate is the published one: in trial runs of 51,200 images 0.1, 0.15 and 0.3 led to Fréchet distances of
+    0.26, 0.30 and 0.31 (0.23 before) and to ASRs of 0.991, 0.995 and 1.000.
     """
     base = preset("digits-badiffusion")
     return replace(
@@ -80,7 +82,7 @@ def implant(config: DemoConfig) -> TrainConfig:
         ema=0.995,
         timesteps="grid",
         clean_target="initial",
-        attack=replace(base.attack, rate=0.3),
+        attack=replace(base.attack, rate=0.1),
         status=1_280,
         snapshot=6_400,
     )
