@@ -1,4 +1,5 @@
-// Compiled with -mavx512f -mavx512bw -mavx512dq -mavx512vl; products and sums stay unfused (-ffp-contract=off).
+// Compiled with -mavx512f -mavx512bw -mavx512dq -mavx512vl; products and sums stay unfused
+// (-ffp-contract=off).
 #include "rows_inl.h"
 
 namespace bdk {
