@@ -187,7 +187,7 @@ def test_an_empty_folder(tmp_path: Path) -> None:
 def test_no_such_source(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"unknown data set 'digts': expected one of .*; the nearest is 'digits'"):
         load("digts", 32, 1)
-    with pytest.raises(UserError, match=r"unknown data set '.*gone': expected one of .*path of a folder of images"):
+    with pytest.raises(UserError, match=r"there is no folder '.*gone': expected one with images, or digits or cifar10"):
         load(str(tmp_path / "gone"), 32, 1)
     with pytest.raises(UserError, match="unknown data set ''"):
         load("", 32, 1)
