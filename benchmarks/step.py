@@ -18,7 +18,7 @@ from torch import Tensor
 
 import bdkernels
 from bdengine.schedule import linear
-from bdengine.solvers import ddpm, stack
+from bdengine.solvers import Nodes, ddpm, stack
 from bdkernels import Step, reference, testing
 from bdkernels.noise import STREAM_STEP, normal, sample_seeds
 
@@ -43,7 +43,7 @@ def fused_step(shape: Shape) -> dict[str, Provider]:
     """The providers of `bdkernels.fused_step_` at ``shape``."""
     generator = torch.Generator().manual_seed(0)
     x, m = (torch.randn(shape, generator=generator) for _ in range(2))
-    sampler = ddpm(linear(), ROWS).clipped("x0")
+    sampler = ddpm(Nodes.of(linear(), ROWS)).clipped("x0")
     coefficients = sampler.rows[:, COLUMNS]
     row, table, step = coefficients[ROW].tolist(), torch.tensor(coefficients, dtype=torch.float32), torch.tensor(ROW)
     index = np.arange(shape[0])

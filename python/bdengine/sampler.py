@@ -1,7 +1,7 @@
 """The sampling loop. Its API is seeds: sample ``k`` is the same image whatever the batch, the order or the restart
 (to the bit with an element-wise network, and with any other in a micro-batch that passes its self-check).
 
-    x_T = eps(seed) + r                 r = 0 in arms without a trigger
+    x_T = start (eps(seed) + r)         r = 0 in arms without a trigger
     for each row:  m = network(x, time);  x = fused_step(x, m)
 
 The arms of a seed (clean, triggered, clipped, other samplers) share its noise and stand side by side in a batch.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -64,12 +65,13 @@ class Sampler:
         for name, arm in arms.items():
             if arm.trigger is not None and arm.trigger.shape != shape:
                 raise UserError(f"the trigger of arm {name!r} has shape {tuple(arm.trigger.shape)}: expected {shape}")
-        device = next(network.parameters(), torch.empty(0)).device
+        device = next(chain(network.parameters(), network.buffers()), torch.empty(0)).device
         self.network, self.names, self.micro_batch, self.shape = network, list(arms), micro_batch, shape
         self.table = stack([arm.table for arm in arms.values()]).to(device)
         self.slots = max(arm.table.slots for arm in arms.values())
         self.start = torch.stack([torch.zeros(shape) if a.trigger is None else a.trigger for a in arms.values()])
         self.start = self.start.to(device)
+        self.scale = torch.tensor([a.table.start for a in arms.values()], device=device).reshape(-1, 1, 1, 1)
         self.rows = torch.arange(self.table.shape[1], device=device)
 
     @torch.inference_mode()
@@ -87,7 +89,7 @@ class Sampler:
         Raises:
             FloatingPointError: The network's output was not finite; names the first such row.
         """
-        x = bdkernels.normal(seeds, self.shape) + self.start[arm]
+        x = (bdkernels.normal(seeds, self.shape) + self.start[arm]) * self.scale[arm]
         history = x.new_zeros((self.slots, *x.shape)) if self.slots else None
         bad_row = torch.full_like(seeds[0], NO_BAD_ROW)
         scale, time = (self.table[arm, :, c].T.contiguous() for c in (Step.IN, Step.TIME))

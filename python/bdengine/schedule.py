@@ -1,6 +1,11 @@
 """Noise schedules and timestep grids, in float64.
 
-    alpha_t = 1 - beta_t      alpha_bar_t = prod_{s <= t} alpha_s      s_t = sqrt(1 - alpha_bar_t)      alpha_bar_{-1} = 1
+    alpha_t = 1 - beta_t      alpha_bar_t = prod_{s <= t} alpha_s      s_t = sqrt(1 - alpha_bar_t)
+
+    linear               beta_t evenly spaced (Ho et al. 2020)
+    scaled_linear        sqrt(beta_t) evenly spaced (Rombach et al. 2022)
+    squaredcos_cap_v2    alpha_bar_t = cos^2 of ((t + 1) / T + 0.008) / 1.008 pi / 2, beta_t <= 0.999 (Nichol and Dhariwal 2021)
+    sigmoid              beta_t on a sigmoid from -6 to 6 (Xu et al. 2022)
 
 Source: Ho et al. 2020 (DDPM), eq. 4; the spacings as in Lin et al. 2024, table 2, and in diffusers.
 """
@@ -20,6 +25,9 @@ from .errors import UserError, unknown
 Floats = NDArray[np.float64]
 Spacing = Literal["leading", "trailing", "linspace"]
 SPACINGS: Final = get_args(Spacing)
+Prediction = Literal["epsilon", "v_prediction", "sample"]
+PREDICTIONS: Final = get_args(Prediction)
+BETAS: Final = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,12 +35,14 @@ class Schedule:
     """A variance-preserving schedule.
 
     Attributes:
-        betas: float64 [T], each in (0, 1).
+        betas: float64 [T], each in (0, 1); the last may be 1 (zero terminal SNR).
         name: diffusers' name of it, for scheduler configurations.
+        prediction: What a network trained on it returns: ``eps``, ``v = alpha eps - s x0``, or ``x0`` ("sample").
     """
 
     betas: Floats
     name: str
+    prediction: Prediction = "epsilon"
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Schedule:
@@ -42,13 +52,17 @@ class Schedule:
             UserError: A kind of schedule or of prediction that this engine does not know.
         """
         name, prediction = config.get("beta_schedule", "linear"), config.get("prediction_type", "epsilon")
-        if name != "linear":
-            raise unknown("beta schedule", name, ("linear",))
-        if prediction != "epsilon":
-            raise unknown("prediction type", prediction, ("epsilon",))
-        return linear(
-            config.get("num_train_timesteps", 1000), config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
-        )
+        if prediction not in PREDICTIONS:
+            raise unknown("prediction type", prediction, PREDICTIONS)
+        if config.get("trained_betas") is not None:
+            values = np.array(config["trained_betas"], np.float64)
+        else:
+            T, ends = (
+                config.get("num_train_timesteps", 1000),
+                (config.get("beta_start", 1e-4), config.get("beta_end", 0.02)),
+            )
+            values = betas(name, T, *ends)
+        return cls(zero_terminal_snr(values) if config.get("rescale_betas_zero_snr") else values, name, prediction)
 
     @property
     def T(self) -> int:
@@ -65,14 +79,54 @@ class Schedule:
         """``s_t = sqrt(1 - alpha_bar_t)``, float64 [T]."""
         return np.sqrt(1 - self.alpha_bar)
 
-    def alpha_bar_at(self, t: int) -> float:
-        """``alpha_bar_t``, with ``alpha_bar_{-1} = 1``."""
-        return 1.0 if t < 0 else float(self.alpha_bar[t])
+    @cached_property
+    def _log_kappa(self) -> Floats:
+        with np.errstate(divide="ignore"):
+            return np.log(self.s) - np.log(self.alpha_bar) / 2
+
+    def alpha_bar_at(self, t: Floats) -> Floats:
+        """``alpha_bar`` at timesteps in 0..T-1, whole or not: ``log(s / sqrt(alpha_bar))`` is linear between two."""
+        whole = np.floor(t).astype(np.int64)
+        between = 1 / (1 + self.kappa_at(t) ** 2)
+        return np.where(whole == t, self.alpha_bar[whole], between)
+
+    def kappa_at(self, t: Floats) -> Floats:
+        """``kappa = s / sqrt(alpha_bar)`` at timesteps in 0..T-1, whole or not."""
+        return np.exp(np.interp(t, np.arange(self.T), self._log_kappa))
+
+    def time_at(self, kappa: Floats) -> Floats:
+        """The timesteps of these ``kappa``, the inverse of `kappa_at`."""
+        return np.interp(np.log(kappa), self._log_kappa, np.arange(self.T))
 
 
 def linear(T: int = 1000, start: float = 1e-4, end: float = 0.02) -> Schedule:
     """``beta_t`` linear from ``start`` to ``end`` over ``T`` steps: every published attack's schedule."""
-    return Schedule(np.linspace(start, end, T), "linear")
+    return Schedule(betas("linear", T, start, end), "linear")
+
+
+def betas(name: str, T: int, start: float, end: float) -> Floats:
+    """``beta_t`` by name, float64 [T]; see the module. The cosine takes no ends.
+
+    Raises:
+        UserError: An unknown name.
+    """
+    if name == "linear":
+        return np.linspace(start, end, T)
+    if name == "scaled_linear":
+        return np.linspace(start**0.5, end**0.5, T) ** 2
+    if name == "squaredcos_cap_v2":
+        alpha_bar = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * np.pi / 2) ** 2
+        return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+    if name == "sigmoid":
+        return start + (end - start) / (1 + np.exp(-np.linspace(-6, 6, T)))
+    raise unknown("beta schedule", name, BETAS)
+
+
+def zero_terminal_snr(values: Floats) -> Floats:
+    """``beta_t`` with ``sqrt(alpha_bar)`` shifted and scaled so that it ends in 0 (Lin et al. 2024, algorithm 1)."""
+    root = np.sqrt(np.cumprod(1 - values))
+    alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
 
 
 def grid(T: int, steps: int, spacing: Spacing = "trailing") -> NDArray[np.int64]:

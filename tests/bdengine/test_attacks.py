@@ -10,7 +10,7 @@ from bdengine.attacks.baddiffusion import rho
 from bdengine.data import stand_in, to_float
 from bdengine.errors import UserError
 from bdengine.schedule import linear
-from bdengine.solvers import SamplerConfig, Table, ddim, ddpm
+from bdengine.solvers import Nodes, SamplerConfig, Table, ddim, ddpm
 from bdengine.triggers import target, trigger
 
 PROCESS = linear()
@@ -37,18 +37,18 @@ def test_golden_values() -> None:
     assert np.abs(np.sqrt(PROCESS.alpha_bar[t]) - GOLDEN[:, 1]).max() < half_a_digit
     assert np.abs(PROCESS.s[t] - GOLDEN[:, 2]).max() < half_a_digit
     assert np.abs(rho(PROCESS)[t] - GOLDEN[:, 3]).max() < half_a_digit
-    exact = exact_coefficient(PROCESS, ddim(PROCESS, 1000), SHIFT)
+    exact = exact_coefficient(PROCESS, ddim(Nodes.of(PROCESS, 1000)), SHIFT)
     assert np.abs(exact[t] - GOLDEN[:, 4]).max() < half_a_digit
 
 
 def test_the_published_coefficient_is_exact_for_ddpm_on_every_timestep() -> None:
     for variance in ("small", "large"):
-        table = ddpm(PROCESS, 1000, variance=variance)  # type: ignore[arg-type]
+        table = ddpm(Nodes.of(PROCESS, 1000), variance=variance)  # type: ignore[arg-type]
         assert np.abs(exact_coefficient(PROCESS, table, SHIFT) - rho(PROCESS)).max() < 1e-12
 
 
 def test_psi_zero_shift_needs_the_coefficient_one_under_ddim() -> None:
-    exact = exact_coefficient(PROCESS, ddim(PROCESS, 50), PROCESS.s)
+    exact = exact_coefficient(PROCESS, ddim(Nodes.of(PROCESS, 50)), PROCESS.s)
     assert np.abs(exact - 1).max() < 1e-12
 
 
@@ -58,7 +58,7 @@ def test_strided_ddim_golden_values(t: int, stride: int, expected: float) -> Non
     ratio = np.sqrt(after / alpha_bar)
     c = (SHIFT[t] * ratio - SHIFT[t - stride]) / (PROCESS.s[t] * ratio - np.sqrt(1 - after))
     assert c == pytest.approx(expected, abs=5e-5)
-    table = ddim(PROCESS, 1000 // stride, "leading")
+    table = ddim(Nodes.of(PROCESS, 1000 // stride, "leading"))
     if t in table.timesteps:
         assert exact_coefficient(PROCESS, table, SHIFT)[t] == pytest.approx(c, rel=1e-12)
 
@@ -96,7 +96,7 @@ def test_inputs_and_targets_are_their_formulas_at_every_timestep() -> None:
 @pytest.mark.parametrize("steps", [10, 20, 50])
 def test_a_perfect_network_follows_the_shift_at_every_node_if_exact_and_leaves_it_if_published(steps: int) -> None:
     """``x_t = sqrt(alpha_bar_t) y + m_t r + s_t eps`` all along a deterministic sampler, float64."""
-    table = ddim(PROCESS, steps)
+    table = ddim(Nodes.of(PROCESS, steps))
     rows, t = torch.tensor(table.rows[None]), table.timesteps.astype(int)
     off = {}
     for name in ("published", "exact"):

@@ -17,12 +17,12 @@ from bdengine.errors import UserError
 from bdengine.networks import Network, batch_noise
 from bdengine.sampler import Arm, Sampler
 from bdengine.schedule import linear
-from bdengine.solvers import ddim, ddpm
+from bdengine.solvers import Nodes, ddim, ddpm
 from bdengine.triggers import trigger
 
 from .networks_for_tests import elementwise, tiny_unet
 
-TABLE = ddpm(linear(), 5)
+TABLE = ddpm(Nodes.of(linear(), 5))
 
 
 def sampled(network: Network, seeds: list[int], micro_batch: int, exact: bool = False) -> dict[int, Tensor]:
@@ -75,7 +75,7 @@ def test_arms_share_their_noise_and_differ_by_their_row_and_trigger() -> None:
         "clean": Arm(TABLE),
         "triggered": Arm(TABLE, r),
         "clipped": Arm(TABLE.clipped("latent")),
-        "ddim": Arm(ddim(linear(), 5)),
+        "ddim": Arm(ddim(Nodes.of(linear(), 5))),
     }
     together = Sampler(elementwise(), arms, 8)(range(10))
     for name, arm in arms.items():

@@ -10,7 +10,7 @@ from torch import Tensor
 import bdkernels
 from bdengine.errors import UserError
 from bdengine.schedule import SPACINGS, Schedule, grid, linear
-from bdengine.solvers import SamplerConfig, Table, ddim, ddpm, stack
+from bdengine.solvers import Nodes, SamplerConfig, Table, ddim, ddpm, stack
 
 PROCESS = linear()
 SHAPE = (1, 6, 6)
@@ -54,7 +54,7 @@ def test_ddpm_is_diffusers(spacing: str, steps: int, clip: str) -> None:
     Its last variance is clamped to 1e-20, so it leaves 1e-10 of noise in.
     """
     scheduler = DDPMScheduler(clip_sample=clip == "x0", timestep_spacing=spacing, variance_type="fixed_small")
-    table = ddpm(PROCESS, steps, spacing).clipped(clip)  # type: ignore[arg-type]
+    table = ddpm(Nodes.of(PROCESS, steps, spacing)).clipped(clip)  # type: ignore[arg-type]
     expected = stock(scheduler, start(), steps)
     torch.testing.assert_close(ours(table, start()), expected, rtol=1e-9, atol=1e-9)
 
@@ -64,17 +64,17 @@ def test_ddpm_is_diffusers(spacing: str, steps: int, clip: str) -> None:
 def test_ddim_is_diffusers(eta: float, clip: str) -> None:
     scheduler = DDIMScheduler(clip_sample=clip == "x0", timestep_spacing="trailing", set_alpha_to_one=True)
     expected = stock(scheduler, start(), 50, eta=eta)
-    got = ours(ddim(PROCESS, 50, eta=eta).clipped(clip), start())  # type: ignore[arg-type]
+    got = ours(ddim(Nodes.of(PROCESS, 50), eta=eta).clipped(clip), start())  # type: ignore[arg-type]
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_ddim_with_all_its_noise_is_ddpm() -> None:
-    got, expected = ours(ddim(PROCESS, 20, eta=1.0), start()), ours(ddpm(PROCESS, 20), start())
+    got, expected = ours(ddim(Nodes.of(PROCESS, 20), eta=1.0), start()), ours(ddpm(Nodes.of(PROCESS, 20)), start())
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_latent_clip_bounds_every_state() -> None:
-    table = ddpm(PROCESS, 20).clipped("latent")
+    table = ddpm(Nodes.of(PROCESS, 20)).clipped("latent")
     rows, arm, x = stack([table], torch.float64), torch.zeros(2, dtype=torch.int64), start() * 3
     for row, t in enumerate(table.timesteps):
         x = bdkernels.fused_step(x, network(x, t), rows, arm, torch.tensor(row), SEEDS)
@@ -97,7 +97,7 @@ def test_grids() -> None:
     [
         (SamplerConfig(steps=0), "steps is 0: expected 1 to 1000"),
         (SamplerConfig(steps=1001), "steps is 1001"),
-        (SamplerConfig("dpm"), "unknown sampler 'dpm'.*nearest is 'ddpm'"),
+        (SamplerConfig("ddmp"), "unknown sampler 'ddmp'.*nearest is 'ddpm'"),
         (SamplerConfig("ddim", eta=1.5), "eta is 1.5: expected 0 to 1"),
         (SamplerConfig(spacing="even"), "unknown spacing 'even'"),  # type: ignore[arg-type]
     ],
@@ -109,14 +109,14 @@ def test_bad_samplers_get_a_sentence(config: SamplerConfig, message: str) -> Non
 
 def test_arms_need_equal_lengths_and_known_clips() -> None:
     with pytest.raises(UserError, match="same number of network evaluations, got ddpm-10: 10, ddim-20: 20"):
-        stack([ddpm(PROCESS, 10), ddim(PROCESS, 20)])
+        stack([ddpm(Nodes.of(PROCESS, 10)), ddim(Nodes.of(PROCESS, 20))])
     with pytest.raises(UserError, match=r"unknown clip 'latents'.*'latent'"):
-        ddpm(PROCESS, 10).clipped("latents")  # type: ignore[arg-type]
+        ddpm(Nodes.of(PROCESS, 10)).clipped("latents")  # type: ignore[arg-type]
 
 
 def test_other_processes_are_read_from_their_configuration() -> None:
     read = Schedule.from_config({"beta_schedule": "linear", "num_train_timesteps": 100, "beta_end": 0.03})
     assert read.T == 100
     assert read.betas[-1] == 0.03
-    with pytest.raises(UserError, match="unknown prediction type 'sample'"):
-        Schedule.from_config({"prediction_type": "sample"})
+    with pytest.raises(UserError, match="unknown prediction type 'flow'"):
+        Schedule.from_config({"prediction_type": "flow"})

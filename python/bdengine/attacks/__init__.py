@@ -10,7 +10,8 @@ from ..schedule import Schedule
 from ..solvers import Table
 from ..triggers import target, trigger
 from .baddiffusion import COEFFICIENTS, Coefficients, baddiffusion
-from .process import CLEAN, POISONED, Attack, exact_coefficient, noising_table
+from .exact import departure, exact_coefficient
+from .process import CLEAN, POISONED, Attack, noising_table
 
 __all__ = [
     "ATTACKS",
@@ -20,6 +21,7 @@ __all__ = [
     "Attack",
     "AttackConfig",
     "baddiffusion",
+    "departure",
     "exact_coefficient",
     "noising_table",
 ]

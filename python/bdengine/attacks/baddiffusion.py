@@ -20,7 +20,8 @@ from ..errors import UserError, unknown
 from ..schedule import Floats, Schedule
 from ..solvers import Table
 from ..triggers import mask as trigger_mask
-from .process import Attack, exact_coefficient
+from .exact import exact_coefficient
+from .process import Attack
 
 Coefficients = Literal["published", "exact"]
 COEFFICIENTS: Final = get_args(Coefficients)

@@ -2,10 +2,7 @@
 
     x_t = sqrt(alpha_bar_t) y + m_t R + s_t gamma eps          regression target: eps + c_t R          R = M x + r
 
-``m_t`` is the shift schedule and ``c_t`` the coefficient that makes an unmodified sampler follow the shift: for a
-sampler row ``x' = a x + b m + Z z`` from ``t`` to ``t'`` the trajectory is exact where
-
-    a m_t + b c_t = m_t'            so            c_t = (m_t' - a m_t) / b
+``m_t`` is the shift schedule and ``c_t`` the coefficient that makes an unmodified sampler follow it (`exact`).
 """
 
 from __future__ import annotations
@@ -18,9 +15,7 @@ from torch import Tensor
 
 from bdkernels import NOISING_COLUMNS, Noising
 
-from ..errors import UserError
 from ..schedule import Floats, Schedule
-from ..solvers import Table
 
 CLEAN, POISONED = 0, 1
 """Arms of a noising table."""
@@ -65,20 +60,3 @@ def noising_table(schedule: Schedule, attack: Attack | None) -> Tensor:
         table[POISONED, :, Noising.M] = attack.shift
         table[POISONED, :, Noising.C] = attack.coefficient
     return torch.tensor(table, dtype=torch.float32)
-
-
-def exact_coefficient(schedule: Schedule, table: Table, shift: Floats) -> Floats:
-    """``c_t`` that is exact for the sampler of ``table`` on its own grid, float64 [T].
-
-    The formula above at the grid's nodes, linear in ``t`` between them, constant beyond the first and last.
-
-    Raises:
-        UserError: The table reads history, so no row stands alone.
-    """
-    if table.slots:
-        raise UserError(f"{table.name} reads earlier steps: the exact coefficient here is for one-step samplers")
-    nodes = table.timesteps.astype(int)
-    a, b = table.linear
-    after = np.append(shift[nodes[1:]], 0.0)
-    c = (after - a * shift[nodes]) / b
-    return np.interp(np.arange(schedule.T), nodes[::-1], c[::-1])

@@ -1,40 +1,36 @@
 """DDIM(eta), on any sub-grid.
 
-With ``t -> t'`` and ``sigma^2 = eta^2 (1 - alpha_bar_t') / (1 - alpha_bar_t) (1 - alpha_bar_t / alpha_bar_t')``:
+From node ``t`` to ``t'``, with ``std^2 = eta^2 sigma_t'^2 / sigma_t^2 (1 - alpha_t^2 / alpha_t'^2)``:
 
-    x0 = (x - s_t m) / sqrt(alpha_bar_t)
-    x' = sqrt(alpha_bar_t') x0 + sqrt(1 - alpha_bar_t' - sigma^2) m + sigma z
+    x' = alpha_t' x0 + sqrt(sigma_t'^2 - std^2) eps + std z
 
-Source: Song et al. 2021 (DDIM), eq. 12 and 16. ``eta = 1`` is DDPM with its small variance.
+``eps`` is the network's own, also where ``x0`` is clamped. Source: Song et al. 2021 (DDIM), eq. 12 and 16. ``eta = 1`` is
+DDPM with its small variance.
 """
 
 from __future__ import annotations
 
 import math
 
-from bdkernels import Step
-
 from ..errors import UserError
-from ..schedule import Schedule, Spacing, grid
-from .table import Table, blank
+from .nodes import Nodes
+from .table import Table
 
 
-def ddim(schedule: Schedule, steps: int, spacing: Spacing = "trailing", eta: float = 0.0) -> Table:
-    """The table of DDIM with an epsilon-predicting network; deterministic where ``eta`` is 0.
+def ddim(nodes: Nodes, eta: float = 0.0) -> Table:
+    """The table of DDIM; deterministic where ``eta`` is 0.
 
     Raises:
-        UserError: ``steps`` outside 1..T, ``eta`` outside 0..1, or an unknown spacing.
+        UserError: ``eta`` outside 0..1.
     """
     if not 0 <= eta <= 1:
         raise UserError(f"eta is {eta}: expected 0 to 1")
-    timesteps = [*grid(schedule.T, steps, spacing), -1]
-    rows = blank(timesteps[:-1])
-    for row, t, after in zip(rows, timesteps, timesteps[1:], strict=False):
-        alpha_bar, alpha_bar_after = schedule.alpha_bar_at(t), schedule.alpha_bar_at(after)
-        variance = eta**2 * (1 - alpha_bar_after) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_after)
-        row[Step.A] = 1 / math.sqrt(alpha_bar)
-        row[Step.B] = -math.sqrt(1 - alpha_bar) / math.sqrt(alpha_bar)
-        row[Step.Q] = math.sqrt(alpha_bar_after)
-        row[Step.S] = math.sqrt(max(1 - alpha_bar_after - variance, 0.0))
-        row[Step.Z] = math.sqrt(variance)
-    return Table(rows, f"ddim-{steps}" if eta == 0 else f"ddim-{steps}-eta{eta:g}")
+    tape = nodes.tape("ddim" + (f"-eta{eta:g}" if eta else ""))
+    alpha, sigma = nodes.alpha, nodes.sigma
+    for i in range(len(nodes)):
+        a, b = nodes.x0_of(i)
+        x, m, x0 = tape.evaluate(nodes.time[i], a, b)
+        eps = m if nodes.prediction == "epsilon" else ((1 - alpha[i] * a) * x - alpha[i] * b * m) / sigma[i]
+        variance = eta**2 * (sigma[i + 1] / sigma[i]) ** 2 * (1 - (alpha[i] / alpha[i + 1]) ** 2)
+        tape.advance(alpha[i + 1] * x0 + math.sqrt(max(sigma[i + 1] ** 2 - variance, 0.0)) * eps, math.sqrt(variance))
+    return tape.table()

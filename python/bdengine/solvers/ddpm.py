@@ -1,47 +1,41 @@
 """DDPM ancestral sampling, on any sub-grid.
 
-With ``t -> t'``, ``alpha = alpha_bar_t / alpha_bar_t'`` and ``beta = 1 - alpha``:
+From node ``t`` to ``t'``, with ``alpha_ts = alpha_t / alpha_t'`` and ``beta = 1 - alpha_ts^2``:
 
-    x0 = (x - s_t m) / sqrt(alpha_bar_t)
-    x' = sqrt(alpha_bar_t') beta / (1 - alpha_bar_t) x0 + sqrt(alpha) (1 - alpha_bar_t') / (1 - alpha_bar_t) x + sigma z
+    x' = alpha_t' beta / sigma_t^2 x0 + alpha_ts sigma_t'^2 / sigma_t^2 x + std z
 
-``sigma^2`` is ``beta (1 - alpha_bar_t') / (1 - alpha_bar_t)`` ("small", the posterior's) or ``beta`` ("large"); the last
-row, which ends in the data, adds no noise. Source: Ho et al. 2020, eq. 6 and 7.
+``std^2`` is ``beta sigma_t'^2 / sigma_t^2`` ("small", the posterior's) or ``beta`` ("large"); the last row, which ends in
+the data, adds no noise. Source: Ho et al. 2020, eq. 6 and 7.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Final, Literal, get_args
 
-from bdkernels import Step
+from ..errors import unknown
+from .nodes import Nodes
+from .table import Table
 
-from ..schedule import Schedule, Spacing, grid
-from .table import Table, blank
+Variance = Literal["small", "large"]
+VARIANCES: Final = get_args(Variance)
 
 
-def ddpm(
-    schedule: Schedule,
-    steps: int,
-    spacing: Spacing = "trailing",
-    variance: Literal["small", "large"] = "small",
-) -> Table:
-    """The table of DDPM ancestral sampling with an epsilon-predicting network.
+def ddpm(nodes: Nodes, variance: Variance = "small") -> Table:
+    """The table of DDPM ancestral sampling.
 
     Raises:
-        UserError: ``steps`` outside 1..T or an unknown spacing.
+        UserError: An unknown variance.
     """
-    timesteps = [*grid(schedule.T, steps, spacing), -1]
-    rows = blank(timesteps[:-1])
-    for row, t, after in zip(rows, timesteps, timesteps[1:], strict=False):
-        alpha_bar, alpha_bar_after = schedule.alpha_bar_at(t), schedule.alpha_bar_at(after)
-        alpha = alpha_bar / alpha_bar_after
-        beta = 1 - alpha
-        row[Step.A] = 1 / math.sqrt(alpha_bar)
-        row[Step.B] = -math.sqrt(1 - alpha_bar) / math.sqrt(alpha_bar)
-        row[Step.P] = math.sqrt(alpha) * (1 - alpha_bar_after) / (1 - alpha_bar)
-        row[Step.Q] = math.sqrt(alpha_bar_after) * beta / (1 - alpha_bar)
-        if after >= 0:
-            posterior = beta * (1 - alpha_bar_after) / (1 - alpha_bar)
-            row[Step.Z] = math.sqrt(posterior if variance == "small" else beta)
-    return Table(rows, f"ddpm-{steps}")
+    if variance not in VARIANCES:
+        raise unknown("variance", variance, VARIANCES)
+    tape = nodes.tape("ddpm")
+    alpha, sigma = nodes.alpha, nodes.sigma
+    for i in range(len(nodes)):
+        x, x0 = nodes.evaluate(tape, i)
+        alpha_ts = alpha[i] / alpha[i + 1]
+        beta = 1 - alpha_ts**2
+        left = (sigma[i + 1] / sigma[i]) ** 2
+        std = math.sqrt(beta * left if variance == "small" or i == len(nodes) - 1 else beta)
+        tape.advance(alpha_ts * left * x + alpha[i + 1] * beta / sigma[i] ** 2 * x0, std)
+    return tape.table()

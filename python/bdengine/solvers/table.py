@@ -16,6 +16,7 @@ from ..errors import UserError, unknown
 
 Clip = Literal["none", "latent", "x0"]
 CLIPS: Final = get_args(Clip)
+End = Literal["zero", "min"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,10 +26,14 @@ class Table:
     Attributes:
         rows: float64 [rows, STEP_COLUMNS].
         name: What made it ("ddpm-50").
+        start: Scale of the initial state, ``x_T = start (eps + r)``.
+        end: What the last row makes: the data, or a sample at the least noise of training.
     """
 
     rows: NDArray[np.float64]
     name: str
+    start: float = 1.0
+    end: End = "zero"
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -45,12 +50,6 @@ class Table:
         slot_columns = [Step.STORE + k * STORE_COLUMNS + Store.SLOT for k in range(STORES)]
         written = int(self.rows[:, slot_columns].max(initial=-1))
         return max([written, *used], default=-1) + 1
-
-    @property
-    def linear(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """``a, b`` of ``x' = a x + b m + Z z``, the row with its clamps off and no history: float64 [rows] each."""
-        r = self.rows
-        return r[:, Step.P] + r[:, Step.Q] * r[:, Step.A], r[:, Step.S] + r[:, Step.Q] * r[:, Step.B]
 
     def clipped(self, clip: Clip) -> Table:
         """The same sampler with ``clip``: see `bdengine.defenses.clipping`."""

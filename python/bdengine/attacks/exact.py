@@ -1,0 +1,130 @@
+"""The coefficient ``c_t`` with which a sampler follows the shifted process, and how far it leaves it with another.
+
+A network that predicts ``eps + c_t r`` moves the trigger's share ``u`` of the state by the table alone, the noise and the
+target aside, since a table is linear:
+
+    u_0 = m_(t_0)        u_(k+1) = row_k(u_k, c_(t_k), history)        on the path where u_k = m_(t_k) at every node
+
+Where every row has a timestep of its own, each row gives its ``c`` in turn (a triangular system): one-step, multistep and
+singlestep solvers, and UniPC with its corrector. For a one-step row ``x' = a x + b m`` it is ``c_t = (m_t' - a m_t) / b``.
+Samplers that ask twice at one timestep (Heun, PNDM, PLMS) get one answer for two purposes: for them ``c`` is the bounded
+least-squares solution over the nodes, and what it leaves is `departure`. With ``m_t = s_t`` the answer ``c_t = 1`` is exact
+for every deterministic sampler.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bdkernels import HISTORY_SLOTS, STORE_COLUMNS, STORES, Step, Store
+
+from ..errors import UserError
+from ..schedule import Floats, Schedule
+from ..solvers import Table
+
+BOUND: Final = 2.0
+"""Of ``|c_t|`` in a least-squares solution: exact ones lie in 0..1.05."""
+
+
+def exact_coefficient(schedule: Schedule, table: Table, shift: Floats) -> Floats:
+    """``c_t`` that is exact for ``table`` on its own grid, or as near as can be; see the module. float64 [T].
+
+    Linear in ``t`` between the nodes, constant beyond the first and last.
+
+    Args:
+        shift: ``m_t``, float64 [T].
+
+    Raises:
+        UserError: A network that predicts something else than the noise.
+    """
+    if schedule.prediction != "epsilon":
+        raise UserError(f"the network predicts {schedule.prediction}: expected epsilon, which the coefficient is added to")
+    times = np.unique(table.timesteps)
+    if len(times) == len(table):
+        at_nodes = _in_turn(table, _path(schedule, table, shift))[::-1]
+    else:
+        at_nodes = _least_squares(table, _path(schedule, table, shift), times)
+    return np.interp(np.arange(schedule.T), times, at_nodes)
+
+
+def departure(schedule: Schedule, table: Table, shift: Floats, coefficient: Floats) -> Floats:
+    """``u_k - m_(t_k)`` after each row, float64 [rows]: by how much of the trigger the sampler leaves the path.
+
+    Rows that end in a state which the sampler asks about twice, or goes back from, count as they are.
+
+    Args:
+        shift: ``m_t``, float64 [T].
+        coefficient: ``c_t``, float64 [T].
+    """
+    path = _path(schedule, table, shift)
+    c = np.interp(table.timesteps, np.arange(schedule.T), coefficient)
+    return _follow(table, path[0], c[:, None])[:, 0] - path[1:]
+
+
+def _path(schedule: Schedule, table: Table, shift: Floats) -> Floats:
+    """``m_t`` before each row and after the last, float64 [rows + 1]."""
+    return np.append(
+        np.interp(table.timesteps, np.arange(schedule.T), shift), 0.0 if table.end == "zero" else shift[0]
+    )
+
+
+class _State:
+    """The trigger's share of a sampler's state and history: numbers, or vectors of their dependence on unknowns."""
+
+    def __init__(self, x: Floats | float) -> None:
+        self.x = np.asarray(x, np.float64)
+        self.history = [np.zeros_like(self.x)] * HISTORY_SLOTS
+
+    def without_network(self, row: NDArray[np.float64]) -> Floats:
+        """``x'`` for ``m = 0``."""
+        out = (row[Step.P] + row[Step.Q] * row[Step.A]) * self.x
+        return out + sum(row[Step.H + j] * h for j, h in enumerate(self.history))
+
+    def advance(self, row: NDArray[np.float64], c: Floats | float) -> None:
+        """One row with the network's share ``c``."""
+        after = self.without_network(row) + _gain(row) * np.asarray(c)
+        x0 = row[Step.A] * self.x + row[Step.B] * c
+        history = list(self.history)
+        for k in range(STORES):
+            store = row[Step.STORE + k * STORE_COLUMNS :][:STORE_COLUMNS]
+            if (slot := int(store[Store.SLOT])) >= 0:
+                kept = store[Store.E] * self.x + store[Store.F] * c + store[Store.G] * x0 + store[Store.K] * after
+                history[slot] = kept + sum(store[Store.J + j] * h for j, h in enumerate(self.history))
+        self.x, self.history = after, history
+
+
+def _gain(row: NDArray[np.float64]) -> float:
+    """How much of the network's output reaches ``x'``."""
+    return float(row[Step.S] + row[Step.Q] * row[Step.B])
+
+
+def _in_turn(table: Table, path: Floats) -> Floats:
+    state, found = _State(path[0]), []
+    for row, after in zip(table.rows, path[1:], strict=True):
+        found.append(float((after - state.without_network(row)) / _gain(row)))
+        state.advance(row, found[-1])
+    return np.array(found)
+
+
+def _follow(table: Table, start: float, c: NDArray[np.float64]) -> NDArray[np.float64]:
+    """``u`` after each row, [rows, ...], for the network's shares ``c`` [rows, ...]."""
+    state, states = _State(np.full(c.shape[1:], start)), []
+    for row, share in zip(table.rows, c, strict=True):
+        state.advance(row, share)
+        states.append(state.x)
+    return np.stack(states)
+
+
+def _least_squares(table: Table, path: Floats, times: Floats) -> Floats:
+    from scipy.optimize import lsq_linear
+
+    which = np.searchsorted(times, table.timesteps)
+    free = _follow(table, path[0], np.zeros((len(table), 1)))[:, 0]
+    response = _follow(table, 0.0, np.eye(len(times))[which])
+    # A state that the next two rows both stand at is provisional: the second of them goes back.
+    following = np.append(table.timesteps[1:], [-1.0, -2.0])
+    nodes = following[:-1] != following[1:]
+    return np.asarray(lsq_linear(response[nodes], (path[1:] - free)[nodes], (-BOUND, BOUND)).x, np.float64)

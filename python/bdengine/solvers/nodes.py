@@ -1,0 +1,125 @@
+"""Where a sampler stands: the noise levels it visits, and what the network is told and returns there.
+
+    x_i = alpha_i x0 + sigma_i eps          kappa_i = sigma_i / alpha_i          lambda_i = -log kappa_i
+
+Variance-preserving nodes have ``alpha = sqrt(alpha_bar)`` and ``sigma = sqrt(1 - alpha_bar)``, variance-exploding ones
+``alpha = 1``. Every solver works in these coordinates, also those published in ``kappa`` and ``x / alpha``.
+
+    native        the timesteps of a spacing (`bdengine.schedule.grid`)
+    karras        kappa^(1/7) evenly spaced (Karras et al. 2022, eq. 5)
+    exponential   lambda evenly spaced, as DPM-Solver's log-SNR grid (Lu et al. 2022)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal, get_args
+
+import numpy as np
+
+from ..errors import unknown
+from ..schedule import Floats, Prediction, Schedule, Spacing, grid
+from .table import End
+from .tape import Sum, Tape
+
+Levels = Literal["native", "karras", "exponential"]
+LEVELS: Final = get_args(Levels)
+ENDS: Final = get_args(End)
+RHO: Final = 7.0
+"""Karras et al. 2022, table 1."""
+
+
+@dataclass(frozen=True, eq=False)
+class Nodes:
+    """The noise levels of one sampling run, from the noisiest to the end.
+
+    Attributes:
+        alpha: float64 [n + 1].
+        sigma: float64 [n + 1]; 0 at the end where it is the data.
+        time: What the network is told at the first n, float64 [n].
+        prediction: What the network returns.
+    """
+
+    alpha: Floats
+    sigma: Floats
+    time: Floats
+    prediction: Prediction = "epsilon"
+
+    @classmethod
+    def of(
+        cls,
+        schedule: Schedule,
+        steps: int,
+        spacing: Spacing = "trailing",
+        levels: Levels = "native",
+        end: End = "zero",
+        halved: int = 0,
+    ) -> Nodes:
+        """The nodes of ``steps`` steps.
+
+        Args:
+            end: Where the last step leads: to the data, or to the least noise of training (timestep 0).
+            halved: So many of the first steps have a node in their middle.
+
+        Raises:
+            UserError: ``steps`` outside 1..T, or an unknown spacing, kind of levels or end.
+        """
+        for kind, value, known in (("kind of levels", levels, LEVELS), ("end", end, ENDS)):
+            if value not in known:
+                raise unknown(kind, value, known)
+        times = grid(schedule.T, steps, spacing).astype(np.float64)
+        if levels != "native":
+            times = schedule.time_at(_levels(schedule.kappa_at(times), levels))
+        middles = (times[:halved] + times[1 : halved + 1]) / 2
+        times = np.insert(times, np.arange(1, len(middles) + 1), middles)
+        alpha_bar = np.append(schedule.alpha_bar_at(times), 1.0 if end == "zero" else schedule.alpha_bar[0])
+        return cls(np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar), times, schedule.prediction)
+
+    def __len__(self) -> int:
+        return len(self.time)
+
+    @property
+    def kappa(self) -> Floats:
+        """``sigma / alpha``, float64 [n + 1]; infinite at zero terminal SNR."""
+        with np.errstate(divide="ignore"):
+            return self.sigma / self.alpha
+
+    @property
+    def lam(self) -> Floats:
+        """``lambda = log(alpha / sigma)``, float64 [n + 1]; infinite at the data."""
+        with np.errstate(divide="ignore"):
+            return np.log(self.alpha) - np.log(self.sigma)
+
+    @property
+    def end(self) -> End:
+        """Where the run leads."""
+        return "zero" if self.sigma[-1] == 0 else "min"
+
+    def tape(self, name: str, steps: int | None = None) -> Tape:
+        """An empty tape for a sampler on these nodes."""
+        return Tape(f"{name}-{len(self) if steps is None else steps}", self.end)
+
+    def evaluate(self, tape: Tape, i: int) -> tuple[Sum, Sum]:
+        """A network evaluation at node ``i``: ``x`` and the predicted ``x0``."""
+        x, _, x0 = tape.evaluate(self.time[i], *self.x0_of(i))
+        return x, x0
+
+    def x0_of(self, i: int) -> tuple[float, float]:
+        """``a, b`` of ``x0 = a x + b m`` at node ``i``, for the network's kind of prediction."""
+        alpha, sigma = self.alpha[i], self.sigma[i]
+        if self.prediction == "sample":
+            return 0.0, 1.0
+        if self.prediction == "v_prediction":
+            return alpha, -sigma
+        return 1 / alpha, -sigma / alpha
+
+    def eps_of(self, i: int, x: Sum, x0: Sum) -> Sum:
+        """``eps = (x - alpha x0) / sigma`` at node ``i``: the network's own where ``x0`` is not clamped."""
+        return (x - self.alpha[i] * x0) / self.sigma[i]
+
+
+def _levels(kappa: Floats, levels: Levels) -> Floats:
+    first, last = kappa[0], kappa[-1]
+    if levels == "karras":
+        return np.linspace(first ** (1 / RHO), last ** (1 / RHO), len(kappa)) ** RHO
+    return np.exp(np.linspace(np.log(first), np.log(last), len(kappa)))

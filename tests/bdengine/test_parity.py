@@ -1,0 +1,230 @@
+"""Our own tables against stock diffusers: full loops with injected noise, in float64 and float32.
+
+Stock keeps its betas and sigmas in float32, which alone costs 1e-5: here they are float64 (`in_float64`), and the unpatched
+scheduler's error is printed beside (``-s``). Samplers that stock runs in ``kappa`` are compared in our coordinates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import import_module
+from typing import Any
+from unittest import mock
+
+import diffusers.schedulers as stock
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import bdkernels
+from bdengine.schedule import linear
+from bdengine.solvers import (
+    Nodes,
+    Table,
+    ddim,
+    ddpm,
+    deis,
+    dpm_multistep,
+    dpm_singlestep,
+    euler,
+    euler_ancestral,
+    heun,
+    lms,
+    plms,
+    pndm,
+    stack,
+    unipc,
+)  # fmt: skip
+from bdengine.solvers.dpm import FORMS
+
+PROCESS = linear()
+SHAPE = (1, 6, 6)
+SEEDS = torch.tensor([5, 6])
+ARM = torch.zeros(2, dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A stock scheduler and the table that should do the same.
+
+    ``casts``: stock computes in float32 inside ``step``, so that its own rounding is what is seen.
+    """
+
+    scheduler: Any
+    build: Callable[[Nodes], Table]
+    options: dict[str, Any] = field(default_factory=dict)
+    end: str = "zero"
+    casts: bool = False
+    step: dict[str, float] = field(default_factory=dict)
+    halved: int = 0
+
+    def make(self) -> Any:
+        """A new scheduler."""
+        return self.scheduler(**self.options)
+
+
+def dpm_cases() -> dict[str, Case]:
+    cases = {}
+    for order in (1, 2, 3):
+        for form in FORMS:
+            for variant, algorithm, end in (
+                ("dpm", "dpmsolver", "min"),
+                ("dpm++", "dpmsolver++", "min"),
+                ("dpm++", "dpmsolver++", "zero"),
+                ("sde-dpm++", "sde-dpmsolver++", "zero"),
+            ):
+                if variant == "sde-dpm++" and order == 3:
+                    continue  # see test_stock_has_a_wrong_sign
+                options = {
+                    "algorithm_type": algorithm,
+                    "solver_order": order,
+                    "solver_type": form,
+                    "final_sigmas_type": "sigma_min" if end == "min" else end,
+                }
+                for kind, scheduler, ours, more in (
+                    ("m", stock.DPMSolverMultistepScheduler, dpm_multistep, {"timestep_spacing": "trailing"}),
+                    ("s", stock.DPMSolverSinglestepScheduler, dpm_singlestep, {}),
+                ):
+                    build = partial(ours, order=order, variant=variant, form=form)
+                    cases[f"{variant}-{order}{kind}-{form}-{end}"] = Case(scheduler, build, options | more, end, True)
+    return cases
+
+
+TRAILING = {"timestep_spacing": "trailing"}
+LEADING = {"timestep_spacing": "leading"}
+CASES = {
+    "ddpm": Case(stock.DDPMScheduler, ddpm, {**TRAILING, "clip_sample": False}),
+    # With other spacings stock adds noise to the image itself.
+    "ddpm-large": Case(
+        stock.DDPMScheduler,
+        partial(ddpm, variance="large"),
+        {**LEADING, "clip_sample": False, "variance_type": "fixed_large"},
+    ),
+    "ddim": Case(stock.DDIMScheduler, ddim, {**TRAILING, "clip_sample": False}),
+    "ddim-eta": Case(
+        stock.DDIMScheduler, partial(ddim, eta=0.5), {**TRAILING, "clip_sample": False}, step={"eta": 0.5}
+    ),
+    "plms": Case(stock.PNDMScheduler, plms, {**LEADING, "skip_prk_steps": True}, "min"),
+    "pndm": Case(stock.PNDMScheduler, pndm, LEADING, "min", halved=3),
+    "euler": Case(stock.EulerDiscreteScheduler, euler, TRAILING, casts=True),
+    "euler-ancestral": Case(stock.EulerAncestralDiscreteScheduler, euler_ancestral, TRAILING, casts=True),
+    "heun": Case(stock.HeunDiscreteScheduler, heun, TRAILING, casts=True),
+    **{f"lms-{order}": Case(stock.LMSDiscreteScheduler, partial(lms, order=order), TRAILING, step={"order": order})
+       for order in (1, 2, 3, 4)},
+    **{f"deis-{order}": Case(stock.DEISMultistepScheduler, partial(deis, order=order),
+                             {**TRAILING, "solver_order": order}, "min", True)
+       for order in (1, 2, 3)},
+    **{f"unipc-{order}-{scale}{'-noise' if noise else ''}-{end}": Case(
+        stock.UniPCMultistepScheduler, partial(unipc, order=order, scale=scale, noise=noise),
+        {**TRAILING, "solver_order": order, "solver_type": scale, "predict_x0": not noise,
+         "final_sigmas_type": "sigma_min" if end == "min" else end}, end)
+       for order in (1, 2, 3) for scale in ("bh1", "bh2") for noise in (False, True) for end in ("min", "zero")
+       if not (end == "zero" and (noise or scale == "bh1"))},  # there stock ends in NaN
+    **dpm_cases(),
+}  # fmt: skip
+
+
+def network(x: Tensor, t: float) -> Tensor:
+    """Something smooth that needs no weights."""
+    return torch.sin(x + t / 100) * 0.7
+
+
+def run(table: Table, dtype: torch.dtype) -> Tensor:
+    x = bdkernels.normal(SEEDS, SHAPE, dtype=torch.float64).to(dtype)
+    rows = stack([table], dtype)
+    history = x.new_zeros((table.slots, *x.shape)) if table.slots else None
+    for row, t in enumerate(table.timesteps):
+        bdkernels.fused_step_(x, network(x, t), rows, ARM, torch.tensor(row), SEEDS, history=history)
+    return x
+
+
+def in_float64(scheduler: Any) -> None:
+    """Its betas and their products, computed in float64 from the same formula."""
+    scheduler.betas, scheduler.alphas = torch.tensor(PROCESS.betas), torch.tensor(1 - PROCESS.betas)
+    scheduler.alphas_cumprod = torch.tensor(PROCESS.alpha_bar)
+    scheduler.one = torch.tensor(1.0, dtype=torch.float64)
+    last = 1.0 if getattr(scheduler.config, "set_alpha_to_one", True) else PROCESS.alpha_bar[0]
+    scheduler.final_alpha_cumprod = torch.tensor(last, dtype=torch.float64)
+
+
+def times_of(scheduler: Any) -> np.ndarray:
+    """The timesteps of its steps, without those of second evaluations."""
+    times = np.array(scheduler.timesteps, np.float64)
+    if isinstance(scheduler, stock.HeunDiscreteScheduler):
+        return np.append(times[:1], times[1::2])
+    if isinstance(scheduler, stock.PNDMScheduler):
+        return np.array(scheduler._timesteps[::-1], np.float64)
+    return times
+
+
+def exact_sigmas(scheduler: Any, end: str) -> Tensor:
+    kappa = PROCESS.kappa_at(times_of(scheduler))
+    if isinstance(scheduler, stock.HeunDiscreteScheduler):
+        kappa = np.concatenate([kappa[:1], np.repeat(kappa[1:], 2)])
+    return torch.tensor(np.append(kappa, 0.0 if end == "zero" else PROCESS.kappa_at(np.zeros(1))))
+
+
+def loop(case: Case, steps: int, patched: bool) -> Tensor:
+    """The scheduler's own loop from our noise, float64."""
+    scheduler = case.make()
+    if patched:
+        in_float64(scheduler)
+    scheduler.set_timesteps(steps)
+    if patched and hasattr(scheduler, "sigmas"):
+        scheduler.sigmas = exact_sigmas(scheduler, case.end)
+    in_kappa = float(scheduler.init_noise_sigma) != 1
+    x = bdkernels.normal(SEEDS, SHAPE, dtype=torch.float64)
+    if in_kappa:
+        x = x / np.sqrt(PROCESS.alpha_bar[int(scheduler.timesteps[0])])
+    module = import_module(type(scheduler).__module__)
+    for row, t in enumerate(scheduler.timesteps):
+        z = bdkernels.normal(SEEDS, SHAPE, step=row, stream=bdkernels.STREAM_STEP, dtype=torch.float64)
+        with ExitStack() as patches:
+            if hasattr(module, "randn_tensor"):
+                patches.enter_context(mock.patch.object(module, "randn_tensor", lambda *_, z=z, **__: z))
+            m = network(scheduler.scale_model_input(x, t), float(t))
+            x = scheduler.step(m, t, x, **case.step).prev_sample
+    return x
+
+
+def table_of(case: Case, steps: int) -> tuple[Table, int]:
+    """Our table on the scheduler's grid, and the scheduler's number of evaluations."""
+    scheduler = case.make()
+    scheduler.set_timesteps(steps)
+    times = times_of(scheduler)
+    middles = np.floor((times[: case.halved] + times[1 : case.halved + 1]) / 2)
+    times = np.insert(times, np.arange(1, len(middles) + 1), middles)
+    alpha_bar = np.append(PROCESS.alpha_bar_at(times), 1.0 if case.end == "zero" else PROCESS.alpha_bar[0])
+    return case.build(Nodes(np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar), times)), len(scheduler.timesteps)
+
+
+@pytest.mark.parametrize("steps", [10, 20, 50])
+@pytest.mark.parametrize("name", CASES)
+def test_full_loops_are_stock(name: str, steps: int) -> None:
+    case = CASES[name]
+    table, evaluations = table_of(case, steps)
+    assert len(table) == evaluations
+    expected = loop(case, steps, patched=True)
+
+    def error(x: Tensor) -> float:
+        return float((x.double() - expected).abs().max() / expected.abs().max())
+
+    own, single, unpatched = run(table, torch.float64), run(table, torch.float32), loop(case, steps, patched=False)
+    print(
+        f"{name} {steps}: float64 {error(own):.1e}, float32 {error(single):.1e}, stock as it is {error(unpatched):.1e}"
+    )
+    assert error(own) < (2e-6 if case.casts else 1e-10)
+    assert error(single) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpm++-2m-midpoint-zero", "euler", "unipc-2-bh2-zero"])
+def test_a_thousand_steps_are_stock(name: str) -> None:
+    case = CASES[name]
+    table, _ = table_of(case, 1000)
+    expected = loop(case, 1000, patched=True)
+    for dtype, bound in ((torch.float64, 2e-6 if case.casts else 1e-10), (torch.float32, 1e-5)):
+        assert float((run(table, dtype).double() - expected).abs().max() / expected.abs().max()) < bound
