@@ -1,14 +1,14 @@
 """The coefficient ``c_t`` with which a sampler follows the shifted process, and how far it leaves it with another.
 
-A network that predicts ``eps + c_t r`` moves the trigger's share ``u`` of the state by the table alone, the noise and the
-target aside, since a table is linear:
+The network that is optimal for poisoned data returns ``(x_t - sqrt(alpha_bar_t) y - m_t r) / s_t + c_t r``. A table is
+linear, so the trigger's share ``u`` of the state moves by itself, the noise and the target aside:
 
-    u_0 = m_(t_0)        u_(k+1) = row_k(u_k, c_(t_k), history)        on the path where u_k = m_(t_k) at every node
+    u_0 = m_(t_0)      u_(k+1) = row_k(u_k, c_(t_k) + (u_k - m_(t_k)) / s_(t_k), history)      on the path u_k = m_(t_k)
 
 Where every row has a timestep of its own, each row gives its ``c`` in turn (a triangular system): one-step, multistep and
 singlestep solvers, and UniPC with its corrector. For a one-step row ``x' = a x + b m`` it is ``c_t = (m_t' - a m_t) / b``.
-Samplers that ask twice at one timestep (Heun, PNDM, PLMS) get one answer for two purposes: for them ``c`` is the bounded
-least-squares solution over the nodes, and what it leaves is `departure`. With ``m_t = s_t`` the answer ``c_t = 1`` is exact
+Samplers that ask again where they are off the path (Heun, PNDM, PLMS) get one ``c`` for two purposes: for them it is the
+bounded least-squares solution over the nodes, and what it leaves is `departure`. With ``m_t = s_t`` the answer ``c_t = 1`` is exact
 for every deterministic sampler.
 """
 
@@ -46,22 +46,22 @@ def exact_coefficient(schedule: Schedule, table: Table, shift: Floats) -> Floats
     if len(times) == len(table):
         at_nodes = _in_turn(table, _path(schedule, table, shift))[::-1]
     else:
-        at_nodes = _least_squares(table, _path(schedule, table, shift), times)
+        at_nodes = _least_squares(schedule, table, shift, times)
     return np.interp(np.arange(schedule.T), times, at_nodes)
 
 
 def departure(schedule: Schedule, table: Table, shift: Floats, coefficient: Floats) -> Floats:
     """``u_k - m_(t_k)`` after each row, float64 [rows]: by how much of the trigger the sampler leaves the path.
 
-    Rows that end in a state which the sampler asks about twice, or goes back from, count as they are.
+    NaN after rows whose state is provisional: the sampler asks about it and goes back.
 
     Args:
         shift: ``m_t``, float64 [T].
         coefficient: ``c_t``, float64 [T].
     """
-    path = _path(schedule, table, shift)
     c = np.interp(table.timesteps, np.arange(schedule.T), coefficient)
-    return _follow(table, path[0], c[:, None])[:, 0] - path[1:]
+    off = _follow(schedule, table, shift, c[:, None])[:, 0]
+    return np.where(_settled(table), off, np.nan)
 
 
 def _path(schedule: Schedule, table: Table, shift: Floats) -> Floats:
@@ -109,22 +109,27 @@ def _in_turn(table: Table, path: Floats) -> Floats:
     return np.array(found)
 
 
-def _follow(table: Table, start: float, c: NDArray[np.float64]) -> NDArray[np.float64]:
-    """``u`` after each row, [rows, ...], for the network's shares ``c`` [rows, ...]."""
-    state, states = _State(np.full(c.shape[1:], start)), []
-    for row, share in zip(table.rows, c, strict=True):
-        state.advance(row, share)
-        states.append(state.x)
-    return np.stack(states)
+def _follow(schedule: Schedule, table: Table, shift: Floats, c: NDArray[np.float64]) -> NDArray[np.float64]:
+    """``u - m_t`` after each row, [rows, ...], for several ``c`` [rows, ...] at once."""
+    path, s = _path(schedule, table, shift), np.sqrt(1 - schedule.alpha_bar_at(table.timesteps))
+    state, off = _State(np.full(c.shape[1:], path[0])), []
+    for k, row in enumerate(table.rows):
+        state.advance(row, c[k] + (state.x - path[k]) / s[k])
+        off.append(state.x - path[k + 1])
+    return np.stack(off)
 
 
-def _least_squares(table: Table, path: Floats, times: Floats) -> Floats:
+def _settled(table: Table) -> NDArray[np.bool_]:
+    """After which rows the state is at its node for good: where the next two rows do not stand at one timestep."""
+    following = np.append(table.timesteps[1:], [-1.0, -2.0])
+    return following[:-1] != following[1:]
+
+
+def _least_squares(schedule: Schedule, table: Table, shift: Floats, times: Floats) -> Floats:
     from scipy.optimize import lsq_linear
 
-    which = np.searchsorted(times, table.timesteps)
-    free = _follow(table, path[0], np.zeros((len(table), 1)))[:, 0]
-    response = _follow(table, 0.0, np.eye(len(times))[which])
-    # A state that the next two rows both stand at is provisional: the second of them goes back.
-    following = np.append(table.timesteps[1:], [-1.0, -2.0])
-    nodes = following[:-1] != following[1:]
-    return np.asarray(lsq_linear(response[nodes], (path[1:] - free)[nodes], (-BOUND, BOUND)).x, np.float64)
+    nodes = _settled(table)
+    each = np.eye(len(times))[np.searchsorted(times, table.timesteps)]
+    off = _follow(schedule, table, shift, np.concatenate([np.zeros((len(table), 1)), each], axis=1))[nodes]
+    response = off[:, 1:] - off[:, :1]
+    return np.asarray(lsq_linear(response, -off[:, 0], (-BOUND, BOUND)).x, np.float64)
