@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import bdkernels
-from bdkernels import NO_BAD_ROW, Step
+from bdkernels import NO_BAD_ROW, STREAM_STEP, Step
 
 from .errors import UserError
 from .networks import Network, micro_batch_is_exact
@@ -68,6 +68,7 @@ class Sampler:
         device = next(chain(network.parameters(), network.buffers()), torch.empty(0)).device
         self.network, self.names, self.micro_batch, self.shape = network, list(arms), micro_batch, shape
         self.table = stack([arm.table for arm in arms.values()]).to(device)
+        self.corrector = _correctors([arm.table for arm in arms.values()])
         self.slots = max(arm.table.slots for arm in arms.values())
         self.start = torch.stack([torch.zeros(shape) if a.trigger is None else a.trigger for a in arms.values()])
         self.start = self.start.to(device)
@@ -98,6 +99,9 @@ class Sampler:
             if watch:
                 watch(row, x)
             m = self.network(x * scale[row].reshape(-1, 1, 1, 1) if scaled else x, time[row])
+            if snr := self.corrector[row]:
+                x = langevin(x, m, bdkernels.normal(seeds, self.shape, step=row, stream=STREAM_STEP), snr)
+                continue
             bdkernels.fused_step_(x, m, self.table, arm, step, seeds, history=history, bad_row=bad_row)
         if watch:
             watch(len(self.rows), x)
@@ -134,6 +138,29 @@ class Sampler:
             bar.update(len(here))
         bar.close()
         return {name: out[i :: len(self.names)] for i, name in enumerate(self.names)}
+
+
+def langevin(x: Tensor, score: Tensor, z: Tensor, snr: float) -> Tensor:
+    """``x + e score + sqrt(2 e) z`` with ``e = 2 (snr |z| / |score|)^2``, norms of each sample (see `solvers.exploding`).
+
+    Args:
+        x, score, z: float32 [N, C, H, W].
+    """
+    z_norm, norm = (v.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1) for v in (z, score))
+    e = 2 * (snr * z_norm / norm).square()
+    return x + e * score + (2 * e).sqrt() * z
+
+
+def _correctors(tables: Sequence[Table]) -> list[float]:
+    """The rows that are correctors, in every arm alike.
+
+    Raises:
+        UserError: They differ.
+    """
+    marks = [[0.0] * len(t) if t.corrector is None else t.corrector.tolist() for t in tables]
+    if any(one != marks[0] for one in marks):
+        raise UserError("arms of one batch have their corrector steps in different rows: expected the same rows")
+    return marks[0]
 
 
 def check_seeds(seeds: Sequence[int]) -> None:

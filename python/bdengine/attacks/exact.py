@@ -8,8 +8,8 @@ linear, so the trigger's share ``u`` of the state moves by itself, the noise and
 Where every row has a timestep of its own, each row gives its ``c`` in turn (a triangular system): one-step, multistep and
 singlestep solvers, and UniPC with its corrector. For a one-step row ``x' = a x + b m`` it is ``c_t = (m_t' - a m_t) / b``.
 Samplers that ask again where they are off the path (Heun, PNDM, PLMS) get one ``c`` for two purposes: for them it is the
-bounded least-squares solution over the nodes, and what it leaves is `departure`. With ``m_t = s_t`` the answer ``c_t = 1`` is exact
-for every deterministic sampler.
+bounded least-squares solution over the nodes, and what it leaves is `departure`. With ``m_t = s_t`` the answer ``c_t = 1``
+is exact for every deterministic sampler.
 """
 
 from __future__ import annotations

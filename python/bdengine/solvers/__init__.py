@@ -13,6 +13,7 @@ from .ddpm import Variance, ddpm
 from .deis import deis
 from .dpm import Form, dpm_multistep, dpm_singlestep
 from .euler import euler, euler_ancestral, heun, lms
+from .exploding import Churn, edm, score_sde
 from .nodes import Levels, Nodes
 from .pndm import RUNGE_KUTTA_STEPS, plms, pndm
 from .table import CLIPS, Clip, End, Table, stack
@@ -21,6 +22,7 @@ from .unipc import unipc
 __all__ = [
     "CLIPS",
     "SAMPLERS",
+    "Churn",
     "Clip",
     "Nodes",
     "SamplerConfig",
@@ -30,12 +32,14 @@ __all__ = [
     "deis",
     "dpm_multistep",
     "dpm_singlestep",
+    "edm",
     "euler",
     "euler_ancestral",
     "heun",
     "lms",
     "plms",
     "pndm",
+    "score_sde",
     "stack",
     "unipc",
 ]

@@ -58,7 +58,7 @@ def heun(nodes: Nodes) -> Table:
             tape, i + 1
         )
         half = (nodes.kappa[i + 1] - nodes.kappa[i]) / 2
-        slopes = _slope(nodes, i, x, x0) + _slope(nodes, i + 1, again, x0_again)
+        slopes = slope(nodes, i, x, x0) + slope(nodes, i + 1, again, x0_again)
         tape.advance(nodes.alpha[i + 1] * (x / nodes.alpha[i] + half * slopes))
     return tape.table()
 
@@ -75,7 +75,7 @@ def lms(nodes: Nodes, order: int = 4) -> Table:
     slopes: list[Sum] = []
     for i in range(len(nodes)):
         x, x0 = nodes.evaluate(tape, i)
-        slopes.append(tape.keep(_slope(nodes, i, x, x0)))
+        slopes.append(tape.keep(slope(nodes, i, x, x0)))
         points = [i - j for j in range(min(order, i + 1))]
         u = x / nodes.alpha[i]
         for p in points:
@@ -84,7 +84,8 @@ def lms(nodes: Nodes, order: int = 4) -> Table:
     return tape.table()
 
 
-def _slope(nodes: Nodes, i: int, x: Sum, x0: Sum) -> Sum:
+def slope(nodes: Nodes, i: int, x: Sum, x0: Sum) -> Sum:
+    """``d = (u - x0) / kappa`` at node ``i``."""
     return (x / nodes.alpha[i] - x0) / nodes.kappa[i]
 
 

@@ -27,6 +27,8 @@ LEVELS: Final = get_args(Levels)
 ENDS: Final = get_args(End)
 RHO: Final = 7.0
 """Karras et al. 2022, table 1."""
+SIGMA_DATA: Final = 0.5
+"""Standard deviation of the data in EDM's preconditioning (Karras et al. 2022, table 1)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +45,19 @@ class Nodes:
     alpha: Floats
     sigma: Floats
     time: Floats
-    prediction: Prediction = "epsilon"
+    prediction: Prediction | Literal["score", "edm"] = "epsilon"
+
+    @classmethod
+    def exploding(cls, sigma: Floats, prediction: Literal["epsilon", "score", "edm"] = "score") -> Nodes:
+        """Variance-exploding nodes at ``sigma``, descending, and then the data.
+
+        What the network is told is sigma, or ``log(sigma) / 4`` where it is preconditioned as in EDM.
+
+        Args:
+            sigma: float64 [n].
+        """
+        time = np.log(sigma) / 4 if prediction == "edm" else sigma
+        return cls(np.ones(len(sigma) + 1), np.append(sigma, 0.0), time, prediction)
 
     @classmethod
     def of(
@@ -101,7 +115,8 @@ class Nodes:
 
     def evaluate(self, tape: Tape, i: int) -> tuple[Sum, Sum]:
         """A network evaluation at node ``i``: ``x`` and the predicted ``x0``."""
-        x, _, x0 = tape.evaluate(self.time[i], *self.x0_of(i))
+        scale = (self.sigma[i] ** 2 + SIGMA_DATA**2) ** -0.5 if self.prediction == "edm" else 1.0
+        x, _, x0 = tape.evaluate(self.time[i], *self.x0_of(i), scale=scale)
         return x, x0
 
     def x0_of(self, i: int) -> tuple[float, float]:
@@ -111,6 +126,11 @@ class Nodes:
             return 0.0, 1.0
         if self.prediction == "v_prediction":
             return alpha, -sigma
+        if self.prediction == "score":
+            return 1 / alpha, sigma**2 / alpha
+        if self.prediction == "edm":
+            total = sigma**2 + SIGMA_DATA**2
+            return SIGMA_DATA**2 / total, sigma * SIGMA_DATA / total**0.5
         return 1 / alpha, -sigma / alpha
 
     def eps_of(self, i: int, x: Sum, x0: Sum) -> Sum:
@@ -119,7 +139,14 @@ class Nodes:
 
 
 def _levels(kappa: Floats, levels: Levels) -> Floats:
-    first, last = kappa[0], kappa[-1]
-    if levels == "karras":
-        return np.linspace(first ** (1 / RHO), last ** (1 / RHO), len(kappa)) ** RHO
-    return np.exp(np.linspace(np.log(first), np.log(last), len(kappa)))
+    return karras(kappa[0], kappa[-1], len(kappa)) if levels == "karras" else even(kappa[0], kappa[-1], len(kappa))
+
+
+def karras(first: float, last: float, count: int) -> Floats:
+    """Levels whose ``1 / RHO``-th powers are evenly spaced, float64 [count]."""
+    return np.linspace(first ** (1 / RHO), last ** (1 / RHO), count) ** RHO
+
+
+def even(first: float, last: float, count: int) -> Floats:
+    """Levels whose logarithms are evenly spaced, float64 [count]."""
+    return np.exp(np.linspace(np.log(first), np.log(last), count))

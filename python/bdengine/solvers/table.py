@@ -28,12 +28,14 @@ class Table:
         name: What made it ("ddpm-50").
         start: Scale of the initial state, ``x_T = start (eps + r)``.
         end: What the last row makes: the data, or a sample at the least noise of training.
+        corrector: Signal-to-noise ratio of each row that is a Langevin corrector's, 0 for ordinary ones, float64 [rows].
     """
 
     rows: NDArray[np.float64]
     name: str
     start: float = 1.0
     end: End = "zero"
+    corrector: NDArray[np.float64] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
