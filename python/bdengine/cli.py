@@ -1,4 +1,4 @@
-"""The command line: ``bdengine train | sample | evaluate | demo | convert | env``, each with ``--help``."""
+"""The command line: ``bdengine demo | train | sample | evaluate | samplers | convert | env``, each with ``--help``."""
 
 from __future__ import annotations
 
@@ -53,9 +53,11 @@ class SampleConfig:
     seeds: str = "0-15"
     """0-63, or 1,5,8-11. Seed k always has the same noise, and with exact the same bits."""
     sampler: str | None = None
-    """ddpm or ddim; what the checkpoint was made for where absent, else ddpm."""
+    """One that bdengine samplers lists; what the checkpoint was made for where absent, else ddpm."""
     steps: int | None = None
-    """Network evaluations."""
+    """Steps of the sampler."""
+    order: int | None = None
+    """Order of a solver that has several."""
     eta: float | None = None
     """Noise of ddim."""
     clip: Clip = "none"
@@ -88,9 +90,11 @@ class EvaluateConfig:
     images: int = 512
     """Images of each arm."""
     sampler: str | None = None
-    """ddpm or ddim; what the checkpoint was made for where absent, else ddpm."""
+    """One that bdengine samplers lists; what the checkpoint was made for where absent, else ddpm."""
     steps: int | None = None
-    """Network evaluations."""
+    """Steps of the sampler."""
+    order: int | None = None
+    """Order of a solver that has several."""
     eta: float | None = None
     """Noise of ddim."""
     trigger: str | None = None
@@ -107,6 +111,14 @@ class EvaluateConfig:
     """Features of the Fréchet distance: digits, or a safetensors file of Inception weights."""
     micro_batch: int = 64
     """Images that go through the network at once."""
+
+
+@dataclass(frozen=True)
+class SamplersConfig:
+    """List the samplers that train, sample and evaluate know.
+
+    bdengine samplers
+    """
 
 
 @dataclass(frozen=True)
@@ -169,6 +181,19 @@ def _demo(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _samplers(arguments: Sequence[str]) -> int:
+    from .solvers import SAMPLERS
+
+    tyro.cli(SamplersConfig, prog="bdengine samplers", args=arguments)
+    print(f"{'name':16} {'order':12} {'evaluations':12} {'noise':6} reference")
+    for name, kind in SAMPLERS.items():
+        orders = ", ".join(f"{o}*" if o == kind.order and kind.orders[1:] else str(o) for o in kind.orders or (kind.order,))
+        noise = "eta" if name == "ddim" else "yes" if kind.noise else "no"
+        print(f"{name:16} {orders:12} {kind.evaluations:12} {noise:6} {kind.reference}")
+    print("n is --steps; * is the order where --order is absent")
+    return 0
+
+
 def _convert(arguments: Sequence[str]) -> int:
     config = tyro.cli(ConvertConfig, prog="bdengine convert", args=arguments)
     checkpoint.convert(config.old, config.new)
@@ -187,6 +212,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (_train, "train or fine-tune, clean or poisoned"),
     "sample": (_sample, "images of a checkpoint, by seed"),
     "evaluate": (_evaluate, "attack and quality scores of a checkpoint"),
+    "samplers": (_samplers, "the samplers, with order, evaluations and noise"),
     "convert": (_convert, "an old pickled checkpoint to safetensors, safely"),
     "env": (_env, "what was found on this machine, and what will run"),
 }

@@ -57,12 +57,12 @@ class Model:
         """The attack it was trained with."""
         return from_json(AttackConfig, self.train.get("attack", {}))
 
-    def sampler(self, name: str | None, steps: int | None, eta: float | None) -> SamplerConfig:
+    def sampler(self, name: str | None, steps: int | None, order: int | None, eta: float | None) -> SamplerConfig:
         """The sampler it was made for, with what the user said instead."""
         recorded = from_json(SamplerConfig, self.train.get("sampler", {}))
         if name not in (None, recorded.name):
             recorded = SamplerConfig(name, recorded.steps, recorded.spacing)
-        said: dict[str, Any] = {"steps": steps, "eta": eta}
+        said: dict[str, Any] = {"steps": steps, "order": order, "eta": eta}
         return replace(recorded, **{field: value for field, value in said.items() if value is not None})
 
     def trigger(self, name: str, file: Path | None) -> Tensor:
@@ -78,7 +78,7 @@ def sample(config: SampleConfig) -> int:
     if config.trigger_file and not config.trigger:
         raise UserError(f"the trigger file {config.trigger_file} was given without a trigger: expected --trigger IMAGE")
     model = Model.load(config.checkpoint)
-    sampler = model.sampler(config.sampler, config.steps, config.eta)
+    sampler = model.sampler(config.sampler, config.steps, config.order, config.eta)
     table = sampler.table(model.process).clipped(config.clip)
     start = model.trigger(config.trigger, config.trigger_file) if config.trigger else None
     run = Sampler(model.network, {"": Arm(table, start)}, config.micro_batch, config.exact)
@@ -124,7 +124,7 @@ def evaluate(config: EvaluateConfig) -> int:
     y = target(names.target, size, channels, trigger=r, file=names.target_file)
     data = load(config.data or model.train.get("data", "digits"), size, channels)
     reference = Reference.of(data, _extractor(config.extractor))
-    sampler = model.sampler(config.sampler, config.steps, config.eta)
+    sampler = model.sampler(config.sampler, config.steps, config.order, config.eta)
     seeds = range(config.images)
     arms, speed = sample_arms(model.network, sampler.table(model.process), r, seeds, config.micro_batch, progress=True)
     scores = {

@@ -71,7 +71,7 @@ def _path(schedule: Schedule, table: Table, shift: Floats) -> Floats:
     )
 
 
-class _State:
+class State:
     """The trigger's share of a sampler's state and history: numbers, or vectors of their dependence on unknowns."""
 
     def __init__(self, x: Floats | float) -> None:
@@ -102,7 +102,7 @@ def _gain(row: NDArray[np.float64]) -> float:
 
 
 def _in_turn(table: Table, path: Floats) -> Floats:
-    state, found = _State(path[0]), []
+    state, found = State(path[0]), []
     for row, after in zip(table.rows, path[1:], strict=True):
         found.append(float((after - state.without_network(row)) / _gain(row)))
         state.advance(row, found[-1])
@@ -112,7 +112,7 @@ def _in_turn(table: Table, path: Floats) -> Floats:
 def _follow(schedule: Schedule, table: Table, shift: Floats, c: NDArray[np.float64]) -> NDArray[np.float64]:
     """``u - m_t`` after each row, [rows, ...], for several ``c`` [rows, ...] at once."""
     path, s = _path(schedule, table, shift), np.sqrt(1 - schedule.alpha_bar_at(table.timesteps))
-    state, off = _State(np.full(c.shape[1:], path[0])), []
+    state, off = State(np.full(c.shape[1:], path[0])), []
     for k, row in enumerate(table.rows):
         state.advance(row, c[k] + (state.x - path[k]) / s[k])
         off.append(state.x - path[k + 1])
