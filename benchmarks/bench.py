@@ -35,10 +35,12 @@ class Provider:
     Attributes:
         run: Does it once.
         check: Raises AssertionError where its result is wrong.
+        cycle: Calls after which it is back where it began, 1 where all calls are alike.
     """
 
     run: Callable[[], object]
     check: Callable[[], None] = nothing_to_check
+    cycle: int = 1
 
 
 def checked(run: Callable[[], Any], check: Callable[..., None]) -> Provider:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from bdkernels import env, native
@@ -76,6 +77,28 @@ def verdict(ours: Row, by_provider: Mapping[str, Row]) -> str:
         reason = native.reason() or "the cpu backend was not asked for"
         return f"ours here is the plain torch reference ({reason}); it is not ahead of {', '.join(behind) or 'none'}"
     return f"ours is not ahead of {', '.join(behind)}" if behind else "ours is ahead of every peer measured"
+
+
+def summary(measured: Sequence[Row]) -> str:
+    """How many times as long as ours diffusers takes, a line an op and a column a shape; empty where one is missing."""
+    times = {(row.op, tuple(row.shape), row.provider): row.ns_per_element for row in measured}
+    ratios: dict[str, dict[tuple[int, ...], float]] = {}
+    for (op, shape, provider), ns in times.items():
+        if provider in (CPU, REFERENCE) and (op, shape, "diffusers") in times:
+            ratios.setdefault(op, {})[shape] = times[op, shape, "diffusers"] / ns
+    everything = [ratio for of_op in ratios.values() for ratio in of_op.values()]
+    if not everything:
+        return "diffusers and ours were not both measured: no ratios"
+    shapes = list(dict.fromkeys(shape for of_op in ratios.values() for shape in of_op))
+    names = ["x".join(map(str, shape)) for shape in shapes]
+    lines = [f"{'diffusers to ours':22}" + "".join(f" {name:>12}" for name in [*names, "median"])]
+    for op, of_op in ratios.items():
+        numbers = [*(of_op[shape] for shape in shapes), median(of_op.values())]
+        lines.append(f"{op:22}" + "".join(f" {number:>11.2f}x" for number in numbers))
+    slower = [f"{op} {name} ({of_op[shape]:.2f}x)" for op, of_op in ratios.items()
+              for shape, name in zip(shapes, names, strict=True) if of_op[shape] < 1]  # fmt: skip
+    lines.append(f"median {median(everything):.2f}x, least {min(everything):.2f}x")
+    return "\n".join([*lines, f"ours is slower in {', '.join(slower) or 'no case'}"])
 
 
 def machine(arguments: Sequence[str]) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
     python -m benchmarks.run
     python -m benchmarks.run step noising --shapes 256x3x32x32 --json benchmarks/results/machine.json
+    python -m benchmarks.run samplers
 
 Each op's correctness gate runs first: ours against the reference bit for bit, every other provider against float64
-truth. A red gate prints no numbers, writes no file and exits with 1.
+truth; the samplers' whole loops against stock's in float64. A red gate prints no numbers, writes no file and exits
+with 1.
 """
 
 from __future__ import annotations
@@ -22,11 +24,10 @@ from bdengine.files import write_json
 from bdkernels import native, use_backend
 
 from .bench import CEILING, CPU, PROVIDERS, Provider, Shape
-from .registry import OPS
-from .report import Row, document, rows, table
+from .registry import OPS, SAMPLER_OPS, shapes
+from .report import Row, document, rows, summary, table
 from .timing import interleaved
 
-SHAPES = ("256x3x32x32", "1024x3x32x32")
 LEAST_REPEATS = 7
 
 
@@ -34,16 +35,18 @@ class RedGate(Exception):
     """A provider computes something else than its op."""
 
 
-def op_of(name: str) -> str:
-    """The registry's name of an op; ``step`` is short for ``fused_step``.
+def ops_of(name: str) -> list[str]:
+    """The registry's names of an op; ``step`` is short for ``fused_step``, ``samplers`` for all that are of one.
 
     Raises:
         UserError: There is no such op.
     """
+    if name == "samplers":
+        return list(SAMPLER_OPS)
     for full in (name, f"fused_{name}"):
         if full in OPS:
-            return full
-    raise unknown("op", name, OPS)
+            return [full]
+    raise unknown("op", name, [*OPS, "samplers"])
 
 
 def shape_of(text: str) -> Shape:
@@ -54,7 +57,7 @@ def shape_of(text: str) -> Shape:
     """
     parts = text.lower().split("x")
     if len(parts) != 4 or not all(part.isdecimal() and int(part) for part in parts):
-        raise UserError(f"shape {text!r} is not [N, C, H, W]: expected four whole numbers above 0, as in {SHAPES[0]}")
+        raise UserError(f"shape {text!r} is not [N, C, H, W]: expected four whole numbers above 0, as in 256x3x32x32")
     n, c, h, w = map(int, parts)
     return n, c, h, w
 
@@ -85,7 +88,8 @@ def measure(op: str, shape: Shape, wanted: Collection[str], threads: int, repeat
         providers.pop(CPU, None)
     with use_backend(CPU) if native.available() else contextlib.nullcontext():
         check(op, providers)
-        return rows(op, shape, threads, interleaved({name: p.run for name, p in providers.items()}, repeats))
+        runs, cycle = {name: p.run for name, p in providers.items()}, providers[CEILING].cycle
+        return rows(op, shape, threads, interleaved(runs, repeats, cycle))
 
 
 def parsed(arguments: Sequence[str]) -> argparse.Namespace:
@@ -95,14 +99,20 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
         UserError: An unknown op or provider, a bad shape, too few repeats or threads.
     """
     parser = argparse.ArgumentParser(prog="benchmarks.run", description=__doc__, formatter_class=_Raw)
-    parser.add_argument("ops", nargs="*", metavar="OP", help=f"{', '.join(OPS)}; all where absent")
+    parser.add_argument("ops", nargs="*", metavar="OP", help=f"{', '.join(OPS)}, samplers; all where absent")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows and the machine to FILE")
     parser.add_argument("--threads", type=int, default=2, help="of every provider (%(default)s)")
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="NxCxHxW", help=f"{' '.join(SHAPES)}")
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        default=[],
+        metavar="NxCxHxW",
+        help="256 and 1024 images of 3x32x32, of samplers also 1 and 16",
+    )
     parser.add_argument("--repeats", type=int, default=11, help=f"rounds, at least {LEAST_REPEATS} (%(default)s)")
     parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), metavar="NAME", help=", ".join(PROVIDERS))
     options = parser.parse_args(arguments)
-    options.ops = list(dict.fromkeys(op_of(name) for name in options.ops)) or list(OPS)
+    options.ops = list(dict.fromkeys(op for name in options.ops for op in ops_of(name))) or list(OPS)
     options.shapes = [shape_of(text) for text in options.shapes]
     for name in options.providers:
         if name not in PROVIDERS:
@@ -126,10 +136,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parsed(words)
         torch.set_num_threads(options.threads)
         for op in options.ops:
-            for shape in options.shapes:
+            for shape in options.shapes or shapes(op):
                 found = measure(op, shape, options.providers, options.threads, options.repeats)
                 print(table(found), end="\n\n", flush=True)
                 measured += found
+        if samplers := [row for row in measured if row.op in SAMPLER_OPS]:
+            print(summary(samplers), end="\n\n")
         if options.json:
             write_json(options.json, document(words, measured))
             print(f"wrote {options.json}")

@@ -65,11 +65,18 @@ def calibrate(run: Callable[[], object], least: float) -> int:
     return loops
 
 
-def interleaved(runs: Mapping[str, Callable[[], object]], repeats: int, least: float = LEAST) -> dict[str, Timing]:
-    """Times every function once a round, ``repeats`` rounds, so that a busy moment falls on all alike."""
+def interleaved(
+    runs: Mapping[str, Callable[[], object]], repeats: int, cycle: int = 1, least: float = LEAST
+) -> dict[str, Timing]:
+    """Times every function once a round, ``repeats`` rounds, so that a busy moment falls on all alike.
+
+    Args:
+        cycle: Where it is not 1, a measurement is so many calls, however short: unequal ones that belong together.
+        least: Seconds that a measurement of equal calls lasts at least.
+    """
     for run in runs.values():
         seconds(run, WARM_UP)
-    loops = {name: calibrate(run, least) for name, run in runs.items()}
+    loops = {name: calibrate(run, least) if cycle == 1 else cycle for name, run in runs.items()}
     samples: dict[str, list[float]] = {name: [] for name in runs}
     collecting = gc.isenabled()
     gc.disable()
