@@ -7,7 +7,7 @@ Sampler row, with ``m`` the network's output, ``h_j`` the history slots, ``r`` t
     slot_k := E x + F m + G x0 + sum_j J_j h_j + K x'        up to two stores a row, none where SLOT < 0
 
 Sums run left to right, every product and sum rounded once to float32. A term whose operand is absent (no trigger, no
-history) is left out; ``z`` is zero where ``Z`` is zero; a clamp passes NaN on.
+history) is left out; ``z`` is zero where ``Z`` is zero, and ``h_j`` where no term of the row has it; a clamp passes NaN on.
 
 Noising row of timestep ``t``, with ``y`` the target image and ``R = M x + r`` the poisoned image:
 

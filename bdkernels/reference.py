@@ -115,6 +115,13 @@ class _Rows:
             return outside
         return torch.where(self.region, self.inside[:, column].reshape(-1, 1, 1, 1), outside)
 
+    def reads(self, slot: int) -> Tensor:
+        """Whether any term of a sample's rows has this history slot, bool [N, 1, 1, 1]."""
+        columns = [Step.H + slot, *(Step.STORE + k * STORE_COLUMNS + Store.J + slot for k in range(STORES))]
+        rows = self.outside if self.inside is None else torch.cat([self.outside, self.inside], dim=1)
+        columns = columns + [c + self.outside.shape[1] for c in columns] * (self.inside is not None)
+        return (rows[:, columns] != 0).any(1).reshape(-1, 1, 1, 1)
+
 
 def step_formula(
     x: Tensor,
@@ -133,6 +140,7 @@ def step_formula(
     row = _Rows(table.to(compute), arm, step.expand(len(x)), region, arm_inside)
     x_t, m = x.to(compute), model_output.to(compute)
     r = trigger.to(compute) if trigger is not None else None
+    h = [torch.where(row.reads(j), v.to(compute), 0.0) for j, v in enumerate(history if history is not None else ())]
 
     x0 = row[Step.A] * x_t + row[Step.B] * m
     if r is not None:
@@ -142,9 +150,8 @@ def step_formula(
     z = normal(seeds, step, noise.STREAM_STEP, x.shape[1:], compute)
     z = torch.where(row[Step.Z] == 0, torch.zeros_like(z), z)
     x_next = row[Step.P] * x_t + row[Step.Q] * x0 + row[Step.S] * m
-    if history is not None:
-        for j in range(len(history)):
-            x_next = x_next + row[Step.H + j] * history[j].to(compute)
+    for j, past in enumerate(h):
+        x_next = x_next + row[Step.H + j] * past
     x_next = x_next + row[Step.Z] * z
     if r is not None:
         x_next = x_next + row[Step.R] * r
@@ -155,8 +162,8 @@ def step_formula(
         for k in range(STORES):
             base = Step.STORE + k * STORE_COLUMNS
             value = row[base + Store.E] * x_t + row[base + Store.F] * m + row[base + Store.G] * x0
-            for j in range(len(history)):
-                value = value + row[base + Store.J + j] * history[j].to(compute)
+            for j, past in enumerate(h):
+                value = value + row[base + Store.J + j] * past
             stores.append(value + row[base + Store.K] * x_next)
     return x_next, stores, row
 

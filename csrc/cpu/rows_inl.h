@@ -60,6 +60,11 @@ bool step_span(const StepCall& call, Span span) {
             if (rows.outside[Step::STORE + k * STORE_COLUMNS + Store::SLOT][0] == float(j)) slot[k] = j;
     }
 
+    bool reads[HISTORY_SLOTS];
+    for (int j = 0; j < HISTORY_SLOTS; ++j)
+        reads[j] = reads_slot(call.table.row(call.arm[span.sample], index), j) ||
+                   (kRegion && reads_slot(call.table.row(call.arm_inside[span.sample], index), j));
+
     Block<L> r{}, z{}, region{}, h[HISTORY_SLOTS]{};  // zero where the row has none
     typename L::I bad{};
     for (int64_t e = span.first; e < span.last; e += kBlock<L>) {
@@ -71,7 +76,7 @@ bool step_span(const StepCall& call, Span span) {
         if constexpr (kRegion) load<L>(call.region, range, region);
         if constexpr (kHistory)
             for (int j = 0; j < HISTORY_SLOTS; ++j)
-                if (j < call.slots) load<L>(call.history[j], range, h[j]);
+                if (j < call.slots && reads[j]) load<L>(call.history[j], range, h[j]);
         if (noisy) noise.next(z);
 
 #pragma GCC unroll 4

@@ -120,3 +120,14 @@ def test_other_processes_are_read_from_their_configuration() -> None:
     assert read.betas[-1] == 0.03
     with pytest.raises(UserError, match="unknown prediction type 'flow'"):
         Schedule.from_config({"prediction_type": "flow"})
+
+
+def test_a_slot_that_no_term_has_is_not_read() -> None:
+    """Its NaN stays where it is: in the kernel in use and in the float64 reference."""
+    table = SamplerConfig("plms", 10).table(PROCESS)
+    for dtype in (torch.float32, torch.float64):
+        x = start().to(dtype)
+        history = torch.full((table.slots, *x.shape), torch.nan, dtype=dtype)
+        bdkernels.fused_step_(x, x.clone(), stack([table], dtype), torch.zeros(2, dtype=torch.int64), torch.tensor(0),
+                              SEEDS, history=history)  # fmt: skip
+        assert x.isfinite().all()

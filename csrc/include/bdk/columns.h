@@ -35,6 +35,14 @@ struct Row {
     BDK_HD typename L::F operator[](int c) const { return value[c]; }
 };
 
+// Whether any term of a sampler row has the history slot.
+BDK_HD bool reads_slot(const float* row, int slot) {
+    bool reads = row[Step::H + slot] != 0;
+    for (int k = 0; k < STORES; ++k)
+        reads = reads || row[Step::STORE + k * STORE_COLUMNS + Store::J + slot] != 0;
+    return reads;
+}
+
 // Two rows mixed: `inside` where the region holds.
 template <class L, int kColumns, class Mask>
 struct MixedRow {
