@@ -187,7 +187,9 @@ def _samplers(arguments: Sequence[str]) -> int:
     tyro.cli(SamplersConfig, prog="bdengine samplers", args=arguments)
     print(f"{'name':16} {'order':12} {'evaluations':12} {'noise':6} reference")
     for name, kind in SAMPLERS.items():
-        orders = ", ".join(f"{o}*" if o == kind.order and kind.orders[1:] else str(o) for o in kind.orders or (kind.order,))
+        orders = ", ".join(
+            f"{o}*" if o == kind.order and kind.orders[1:] else str(o) for o in kind.orders or (kind.order,)
+        )
         noise = "eta" if name == "ddim" else "yes" if kind.noise else "no"
         print(f"{name:16} {orders:12} {kind.evaluations:12} {noise:6} {kind.reference}")
     print("n is --steps; * is the order where --order is absent")

@@ -41,7 +41,9 @@ def exact_coefficient(schedule: Schedule, table: Table, shift: Floats) -> Floats
         UserError: A network that predicts something else than the noise.
     """
     if schedule.prediction != "epsilon":
-        raise UserError(f"the network predicts {schedule.prediction}: expected epsilon, which the coefficient is added to")
+        raise UserError(
+            f"the network predicts {schedule.prediction}: expected epsilon, which the coefficient is added to"
+        )
     times = np.unique(table.timesteps)
     if len(times) == len(table):
         at_nodes = _in_turn(table, _path(schedule, table, shift))[::-1]
@@ -66,9 +68,7 @@ def departure(schedule: Schedule, table: Table, shift: Floats, coefficient: Floa
 
 def _path(schedule: Schedule, table: Table, shift: Floats) -> Floats:
     """``m_t`` before each row and after the last, float64 [rows + 1]."""
-    return np.append(
-        np.interp(table.timesteps, np.arange(schedule.T), shift), 0.0 if table.end == "zero" else shift[0]
-    )
+    return np.append(np.interp(table.timesteps, np.arange(schedule.T), shift), 0.0 if table.end == "zero" else shift[0])
 
 
 class State:
