@@ -118,9 +118,10 @@ class _Rows:
     def reads(self, slot: int) -> Tensor:
         """Whether any term of a sample's rows has this history slot, bool [N, 1, 1, 1]."""
         columns = [Step.H + slot, *(Step.STORE + k * STORE_COLUMNS + Store.J + slot for k in range(STORES))]
-        rows = self.outside if self.inside is None else torch.cat([self.outside, self.inside], dim=1)
-        columns = columns + [c + self.outside.shape[1] for c in columns] * (self.inside is not None)
-        return (rows[:, columns] != 0).any(1).reshape(-1, 1, 1, 1)
+        reads = (self.outside[:, columns] != 0).any(1)
+        if self.inside is not None:
+            reads = reads | (self.inside[:, columns] != 0).any(1)
+        return reads.reshape(-1, 1, 1, 1)
 
 
 def step_formula(

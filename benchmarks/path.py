@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.stats import beta
+from scipy.stats import binomtest
 from tqdm import tqdm
 
 from bdengine.attacks import COEFFICIENTS, baddiffusion, departure
@@ -51,14 +51,6 @@ def digits() -> list[tuple[float, Gaussian]]:
     return mixture
 
 
-def interval(successes: int, count: int, level: float = 0.95) -> list[float]:
-    """Clopper and Pearson's interval of a share."""
-    tail = (1 - level) / 2
-    low = 0.0 if successes == 0 else float(beta.ppf(tail, successes, count - successes + 1))
-    high = 1.0 if successes == count else float(beta.ppf(1 - tail, successes + 1, count - successes))
-    return [low, high]
-
-
 def study(
     process: Schedule, name: str, coefficients: str, rates: Sequence[float], count: int, data: Any
 ) -> dict[str, Any]:
@@ -74,7 +66,7 @@ def study(
         shares[str(rate)] = {
             start: {
                 "share": (share := attack_success(x, y, THRESHOLD)),
-                "interval": interval(round(share * count), count),
+                "interval": list(binomtest(round(share * count), count).proportion_ci(0.95, "exact")),
             }
             for start, x in images.items()
         }

@@ -74,7 +74,7 @@ class Stock:
             middles = np.floor((times[:halved] + times[1 : halved + 1]) / 2)
             times = np.insert(times, np.arange(1, halved + 1), middles)
         alpha_bar = np.append(process.alpha_bar_at(times), 1.0 if self.end == "zero" else process.alpha_bar[0])
-        return Nodes(np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar), times)
+        return Nodes.preserving(alpha_bar, times)
 
 
 _TRAILING: Final = {"timestep_spacing": "trailing"}

@@ -47,7 +47,7 @@ EXTRA = "bdengine.json"
 PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
 
 _LAYOUT = ("model_index.json", "unet", "scheduler", EXTRA)
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _HUB_FILES = ["*.json", WEIGHTS, f"unet/{WEIGHTS}"]
 _STATE = "bdengine.state"
 
@@ -258,7 +258,7 @@ def _folder(path: str | Path) -> Path:
         if folder.suffix in PICKLES:
             raise _pickled(folder)
         raise UserError(f"{folder} is a file; expected the folder that holds {WEIGHTS} and its config.json")
-    if not _HUB_ID.fullmatch(str(path)):
+    if not HUB_ID.fullmatch(str(path)):
         raise UserError(
             f"there is no checkpoint {path}; expected a folder, or a hub name such as google/ddpm-cifar10-32"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
+from .checkpoint import HUB_ID
 from .errors import UserError
 
 ASSETS: Final = Path(__file__).parent / "assets"
@@ -22,7 +23,7 @@ def find(name: str) -> str:
         return str(path / "checkpoint" if (path / "checkpoint").is_dir() else path)
     if name in SHIPPED:
         return str(ASSETS / name)
-    if name.count("/") != 1 or name.startswith((".", "/")):
+    if not HUB_ID.fullmatch(name):
         raise UserError(
             f"there is no checkpoint {name}: expected a folder, a hub name such as google/ddpm-cifar10-32, or one of"
             f" {', '.join(SHIPPED)}"

@@ -199,7 +199,7 @@ def table_of(case: Case, steps: int) -> tuple[Table, int]:
     middles = np.floor((times[: case.halved] + times[1 : case.halved + 1]) / 2)
     times = np.insert(times, np.arange(1, len(middles) + 1), middles)
     alpha_bar = np.append(PROCESS.alpha_bar_at(times), 1.0 if case.end == "zero" else PROCESS.alpha_bar[0])
-    return case.build(Nodes(np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar), times)), len(scheduler.timesteps)
+    return case.build(Nodes.preserving(alpha_bar, times)), len(scheduler.timesteps)
 
 
 @pytest.mark.parametrize("steps", [10, 20, 50])

@@ -161,7 +161,7 @@ class _Fused:
                 raise UserError(f"timestep {time:g} is not of training: expected 0 to {self._schedule.T - 1}")
         alpha_bar = self._schedule.alpha_bar[np.array(self._times, np.int64)]
         alpha_bar = np.append(np.where(alpha_bar == 0, floor, alpha_bar), end)
-        return Nodes(np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar), np.array(self._times), self._schedule.prediction)
+        return Nodes.preserving(alpha_bar, np.array(self._times), self._schedule.prediction)
 
     def _table(self, *options: Any) -> Table:
         if options not in self._tables:

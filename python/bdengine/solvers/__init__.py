@@ -56,6 +56,7 @@ class Kind:
         evaluations: Network evaluations of ``n`` steps, as text.
         noise: Whether it draws noise.
         reference: Where it is from.
+        halved: Of its first steps, how many need a node in their middle.
     """
 
     build: Callable[[Nodes, SamplerConfig, int], Table]
@@ -64,6 +65,7 @@ class Kind:
     evaluations: str
     noise: bool
     reference: str
+    halved: int = 0
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,8 @@ class SamplerConfig:
         if self.order is not None and order not in kind.orders:
             choice = f"one of {', '.join(map(str, kind.orders))}" if kind.orders else "none, since it has one only"
             raise UserError(f"the order is {order} with {self.name}: expected {choice}")
-        halved = RUNGE_KUTTA_STEPS if self.name == "pndm" else 0
-        return kind.build(Nodes.of(schedule, self.steps, self.spacing, self.levels, self.end, halved), self, order)
+        nodes = Nodes.of(schedule, self.steps, self.spacing, self.levels, self.end, kind.halved)
+        return kind.build(nodes, self, order)
 
 
 _DPM, _DPMPP = "Lu et al. 2022, DPM-Solver", "Lu et al. 2022, DPM-Solver++"
@@ -121,7 +123,7 @@ SAMPLERS: Final[dict[str, Kind]] = {
     "unipc": Kind(lambda n, _, o: unipc(n, o, "bh2"), 2, (1, 2, 3), "n", False, "Zhao et al. 2023"),
     "unipc-bh1": Kind(lambda n, _, o: unipc(n, o, "bh1"), 2, (1, 2, 3), "n", False, "Zhao et al. 2023"),
     "plms": Kind(lambda n, *_: plms(n), 4, (), "n + 1", False, "Liu et al. 2022"),
-    "pndm": Kind(lambda n, *_: pndm(n), 4, (), "n + 9", False, "Liu et al. 2022"),
+    "pndm": Kind(lambda n, *_: pndm(n), 4, (), "n + 9", False, "Liu et al. 2022", RUNGE_KUTTA_STEPS),
     "deis": Kind(lambda n, _, o: deis(n, o), 2, (1, 2, 3), "n", False, "Zhang and Chen 2023"),
     "heun": Kind(lambda n, *_: heun(n), 2, (), "2n - 1", False, _KARRAS),
     "lms": Kind(lambda n, _, o: lms(n, o), 4, (1, 2, 3, 4), "n", False, "k-diffusion"),

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 
-from numpy.polynomial import Polynomial
+import numpy as np
 
-from ..errors import UserError
-from .nodes import Nodes
+from .euler import lagrange
+from .nodes import Nodes, check_order
 from .table import Table
 from .tape import Sum
 
@@ -23,21 +23,17 @@ def deis(nodes: Nodes, order: int = 2) -> Table:
     Raises:
         UserError: An order outside 1..3.
     """
-    if order not in (1, 2, 3):
-        raise UserError(f"the order is {order}: expected 1 to 3")
+    check_order(order, 3)
     tape = nodes.tape(f"deis-{order}")
     alpha, kappa, seen = nodes.alpha, nodes.kappa, list[Sum]()
     for i in range(len(nodes)):
         x, x0 = nodes.evaluate(tape, i)
         seen.append(tape.keep(nodes.eps_of(i, x, x0)))
-        left = len(nodes) - i
-        last = (
-            1 if left == 1 and (kappa[-1] == 0 or len(nodes) < 15) else min(order, left) if len(nodes) < 15 else order
-        )
-        points = [i - j for j in range(min(last, i + 1))]
+        points = [i - j for j in range(nodes.multistep_order(i, order))]
         u = x / alpha[i]
-        for p in points:
-            u = u + _weight([math.log(kappa[q]) for q in points], points.index(p), kappa[i], kappa[i + 1]) * seen[p]
+        logs = np.log(kappa[points]).tolist()
+        for which, p in enumerate(points):
+            u = u + _weight(logs, which, kappa[i], kappa[i + 1]) * seen[p]
         tape.advance(alpha[i + 1] * u)
     return tape.table()
 
@@ -46,9 +42,6 @@ def _weight(logs: list[float], p: int, start: float, end: float) -> float:
     """``integral of L(log kappa) d kappa = [kappa (L - L' + L'')(log kappa)]`` for a polynomial up to degree 2."""
     if len(logs) == 1:
         return end - start
-    polynomial = Polynomial([1.0])
-    for q, log in enumerate(logs):
-        if q != p:
-            polynomial *= Polynomial([-log, 1.0]) / (logs[p] - log)
+    polynomial = lagrange(logs, p)
     whole = polynomial - polynomial.deriv(1) + polynomial.deriv(2)
     return float(end * whole(math.log(end)) - start * whole(math.log(start)))

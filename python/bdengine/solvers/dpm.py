@@ -19,8 +19,8 @@ import math
 from collections.abc import Sequence
 from typing import Final, Literal, get_args
 
-from ..errors import UserError, unknown
-from .nodes import Nodes
+from ..errors import unknown
+from .nodes import Nodes, check_order
 from .table import Table
 from .tape import Sum, Tape
 
@@ -28,8 +28,6 @@ Variant = Literal["dpm", "dpm++", "sde-dpm++"]
 VARIANTS: Final = get_args(Variant)
 Form = Literal["midpoint", "heun"]
 FORMS: Final = get_args(Form)
-FEW: Final = 15
-"""Below so many steps a multistep run lowers its order at the end, as released."""
 
 
 def dpm_multistep(nodes: Nodes, order: int = 2, variant: Variant = "dpm++", form: Form = "midpoint") -> Table:
@@ -40,7 +38,7 @@ def dpm_multistep(nodes: Nodes, order: int = 2, variant: Variant = "dpm++", form
         form: Of order 2.
 
     Raises:
-        UserError: An order or a variant that there is not, or ``dpm`` (which predicts noise) on nodes that end in the data.
+        UserError: An order, a variant or a form that there is not.
     """
     _check(nodes, order, variant, form)
     tape = nodes.tape(f"{variant}-{order}m")
@@ -48,10 +46,7 @@ def dpm_multistep(nodes: Nodes, order: int = 2, variant: Variant = "dpm++", form
     for i in range(len(nodes)):
         x, x0 = nodes.evaluate(tape, i)
         seen.append(x0 if variant != "dpm" else tape.keep(nodes.eps_of(i, x, x0)))
-        left = len(nodes) - i
-        last = left == 1 and (nodes.sigma[-1] == 0 or len(nodes) < FEW)
-        now = min(order, i + 1, 1 if last else 2 if left == 2 and len(nodes) < FEW else order)
-        points = [i - j for j in range(now)]
+        points = [i - j for j in range(nodes.multistep_order(i, order))]
         _advance(tape, nodes, variant, form, x, points, [seen[j] for j in points], i + 1)
     return tape.table()
 
@@ -71,7 +66,7 @@ def dpm_singlestep(nodes: Nodes, order: int = 2, variant: Variant = "dpm++", for
     _check(nodes, order, variant, form)
     tape = nodes.tape(f"{variant}-{order}s")
     base, held, seen = 0, Sum({}), list[Sum]()
-    for i, now in enumerate(_orders(len(nodes), order, ends_in_data=nodes.sigma[-1] == 0)):
+    for i, now in enumerate(_orders(len(nodes), order, ends_in_data=nodes.end == "zero")):
         x, x0 = nodes.evaluate(tape, i)
         seen.append(x0 if variant != "dpm" else tape.keep(nodes.eps_of(i, x, x0)))
         if now == 1:
@@ -91,8 +86,7 @@ def _orders(steps: int, order: int, ends_in_data: bool) -> list[int]:
 
 
 def _check(nodes: Nodes, order: int, variant: Variant, form: Form) -> None:
-    if order not in (1, 2, 3):
-        raise UserError(f"the order is {order}: expected 1 to 3")
+    check_order(order, 3)
     if variant not in VARIANTS:
         raise unknown("variant of DPM-Solver", variant, VARIANTS)
     if form not in FORMS:

@@ -1,6 +1,6 @@
 """Euler, Euler ancestral, Heun and linear multistep, in ``kappa`` and ``u = x / alpha``, with churn.
 
-    d = (u - x0) / kappa                      the slope of the probability flow
+    d = (u - x0) / kappa = eps                the slope of the probability flow
     Euler       u' = u + (kappa' - kappa) d
     ancestral   u' = u + (down - kappa) d + up z        up^2 = kappa'^2 (1 - kappa'^2 / kappa^2), down^2 = kappa'^2 - up^2
     Heun        u' = u + (kappa' - kappa) (d + d') / 2  with d' at Euler's u'
@@ -12,14 +12,15 @@ Sources: Karras et al. 2022 (EDM), algorithms 1 and 2; the ancestral step and th
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.polynomial import Polynomial
 
-from ..errors import UserError
-from .nodes import Nodes
+from .nodes import Nodes, check_order
 from .table import Table
-from .tape import Sum
+from .tape import Sum, Tape
 
 
 def euler(nodes: Nodes) -> Table:
@@ -27,7 +28,7 @@ def euler(nodes: Nodes) -> Table:
     tape = nodes.tape("euler")
     for i in range(len(nodes)):
         x, x0 = nodes.evaluate(tape, i)
-        tape.advance(_euler(nodes, i, x, x0))
+        tape.advance(_euler(nodes, i, x, x0, nodes.alpha[i + 1], nodes.kappa[i + 1]))
     return tape.table()
 
 
@@ -39,28 +40,31 @@ def euler_ancestral(nodes: Nodes) -> Table:
         kappa, after = nodes.kappa[i], nodes.kappa[i + 1]
         up = after * math.sqrt(max(1 - (after / kappa) ** 2, 0.0))
         down = math.sqrt(after**2 - up**2)
-        tape.advance(
-            nodes.alpha[i + 1] * ((down / kappa / nodes.alpha[i]) * x + (1 - down / kappa) * x0),
-            nodes.alpha[i + 1] * up,
-        )
+        tape.advance(_euler(nodes, i, x, x0, nodes.alpha[i + 1], down), nodes.alpha[i + 1] * up)
     return tape.table()
 
 
 def heun(nodes: Nodes) -> Table:
     """The table of Heun's method: two evaluations a step, one in a last step that ends in the data."""
     tape = nodes.tape("heun")
+    there = replace(nodes, time=np.append(nodes.time, 0.0))  # the least noise of training is that of timestep 0
     for i in range(len(nodes)):
-        x, x0 = nodes.evaluate(tape, i)
-        tape.advance(_euler(nodes, i, x, x0))
-        if nodes.sigma[i + 1] == 0:
-            continue
-        again, x0_again = Nodes(nodes.alpha, nodes.sigma, np.append(nodes.time, 0.0), nodes.prediction).evaluate(
-            tape, i + 1
-        )
-        half = (nodes.kappa[i + 1] - nodes.kappa[i]) / 2
-        slopes = slope(nodes, i, x, x0) + slope(nodes, i + 1, again, x0_again)
-        tape.advance(nodes.alpha[i + 1] * (x / nodes.alpha[i] + half * slopes))
+        heun_step(tape, nodes, there, i)
     return tape.table()
+
+
+def heun_step(tape: Tape, here: Nodes, there: Nodes, i: int, noise: float = 0.0) -> None:
+    """From node ``i`` of ``here`` to node ``i + 1`` of ``there``: Euler's step, and its correction unless that is the data.
+
+    Args:
+        noise: That the corrected state is given.
+    """
+    x, x0 = here.evaluate(tape, i)
+    alpha, kappa = there.alpha[i + 1], there.kappa[i + 1]
+    tape.advance(_euler(here, i, x, x0, alpha, kappa))
+    if kappa > 0:
+        slopes = here.eps_of(i, x, x0) + there.eps_of(i + 1, *there.evaluate(tape, i + 1))
+        tape.advance(alpha * (x / here.alpha[i] + ((kappa - here.kappa[i]) / 2) * slopes), noise)
 
 
 def lms(nodes: Nodes, order: int = 4) -> Table:
@@ -69,36 +73,31 @@ def lms(nodes: Nodes, order: int = 4) -> Table:
     Raises:
         UserError: An order outside 1..4.
     """
-    if not 1 <= order <= 4:
-        raise UserError(f"the order is {order}: expected 1 to 4")
+    check_order(order, 4)
     tape = nodes.tape(f"lms-{order}")
     slopes: list[Sum] = []
     for i in range(len(nodes)):
         x, x0 = nodes.evaluate(tape, i)
-        slopes.append(tape.keep(slope(nodes, i, x, x0)))
+        slopes.append(tape.keep(nodes.eps_of(i, x, x0)))
         points = [i - j for j in range(min(order, i + 1))]
         u = x / nodes.alpha[i]
-        for p in points:
-            u = u + _integral(nodes.kappa, p, points, nodes.kappa[i], nodes.kappa[i + 1]) * slopes[p]
+        for which, p in enumerate(points):
+            whole = lagrange(nodes.kappa[points].tolist(), which).integ()
+            u = u + float(whole(nodes.kappa[i + 1]) - whole(nodes.kappa[i])) * slopes[p]
         tape.advance(nodes.alpha[i + 1] * u)
     return tape.table()
 
 
-def slope(nodes: Nodes, i: int, x: Sum, x0: Sum) -> Sum:
-    """``d = (u - x0) / kappa`` at node ``i``."""
-    return (x / nodes.alpha[i] - x0) / nodes.kappa[i]
+def _euler(nodes: Nodes, i: int, x: Sum, x0: Sum, alpha: float, kappa: float) -> Sum:
+    """From node ``i`` to ``alpha, kappa``."""
+    ratio = kappa / nodes.kappa[i]
+    return alpha * ((ratio / nodes.alpha[i]) * x + (1 - ratio) * x0)
 
 
-def _euler(nodes: Nodes, i: int, x: Sum, x0: Sum) -> Sum:
-    ratio = nodes.kappa[i + 1] / nodes.kappa[i]
-    return nodes.alpha[i + 1] * ((ratio / nodes.alpha[i]) * x + (1 - ratio) * x0)
-
-
-def _integral(kappa: np.ndarray, p: int, points: list[int], start: float, end: float) -> float:
-    """Of the Lagrange polynomial that is 1 at ``kappa[p]`` and 0 at the other points."""
+def lagrange(at: Sequence[float], which: int) -> Polynomial:
+    """The polynomial that is 1 at ``at[which]`` and 0 at the others."""
     polynomial = Polynomial([1.0])
-    for other in points:
-        if other != p:
-            polynomial *= Polynomial([-kappa[other], 1.0]) / (kappa[p] - kappa[other])
-    whole = polynomial.integ()
-    return float(whole(end) - whole(start))
+    for i, other in enumerate(at):
+        if i != which:
+            polynomial *= Polynomial([-other, 1.0]) / (at[which] - other)
+    return polynomial

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .euler import slope
+from .euler import heun_step
 from .nodes import Nodes
 from .table import Table
 
@@ -73,11 +73,5 @@ def edm(nodes: Nodes, churn: Churn | None = None) -> Table:
     added = churn.noise * np.sqrt(raised**2 - nodes.sigma[:-1] ** 2)
     hats = Nodes.exploding(raised, nodes.prediction)  # type: ignore[arg-type]
     for i in range(len(nodes)):
-        x, x0 = hats.evaluate(tape, i)
-        last = i == len(nodes) - 1
-        d, step = slope(hats, i, x, x0), nodes.sigma[i + 1] - raised[i]
-        tape.advance(x + step * d, 0.0)
-        if not last:
-            again, x0_again = nodes.evaluate(tape, i + 1)
-            tape.advance(x + (step / 2) * (d + slope(nodes, i + 1, again, x0_again)), added[i + 1])
+        heun_step(tape, hats, nodes, i, float(added[i + 1]) if i + 1 < len(nodes) else 0.0)
     return replace(tape.table(), start=float(math.hypot(nodes.sigma[0], added[0])))

@@ -17,7 +17,7 @@ from typing import Final, Literal, get_args
 
 import numpy as np
 
-from ..errors import unknown
+from ..errors import UserError, unknown
 from ..schedule import Floats, Prediction, Schedule, Spacing, grid
 from .table import End
 from .tape import Sum, Tape
@@ -27,6 +27,8 @@ LEVELS: Final = get_args(Levels)
 ENDS: Final = get_args(End)
 RHO: Final = 7.0
 """Karras et al. 2022, table 1."""
+FEW: Final = 15
+"""Steps below which DPM-Solver's and DEIS's released code lowers the order at the end of a multistep run."""
 SIGMA_DATA: Final = 0.5
 """Standard deviation of the data in EDM's preconditioning (Karras et al. 2022, table 1)."""
 
@@ -46,6 +48,16 @@ class Nodes:
     sigma: Floats
     time: Floats
     prediction: Prediction | Literal["score", "edm"] = "epsilon"
+
+    @classmethod
+    def preserving(cls, alpha_bar: Floats, time: Floats, prediction: Prediction = "epsilon") -> Nodes:
+        """Variance-preserving nodes.
+
+        Args:
+            alpha_bar: float64 [n + 1].
+            time: float64 [n].
+        """
+        return cls(np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar), time, prediction)
 
     @classmethod
     def exploding(cls, sigma: Floats, prediction: Literal["epsilon", "score", "edm"] = "score") -> Nodes:
@@ -87,7 +99,7 @@ class Nodes:
         middles = (times[:halved] + times[1 : halved + 1]) / 2
         times = np.insert(times, np.arange(1, len(middles) + 1), middles)
         alpha_bar = np.append(schedule.alpha_bar_at(times), 1.0 if end == "zero" else schedule.alpha_bar[0])
-        return cls(np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar), times, schedule.prediction)
+        return cls.preserving(alpha_bar, times, schedule.prediction)
 
     def __len__(self) -> int:
         return len(self.time)
@@ -113,6 +125,16 @@ class Nodes:
         """An empty tape for a sampler on these nodes."""
         return Tape(f"{name}-{len(self) if steps is None else steps}", self.end)
 
+    def multistep_order(self, i: int, order: int) -> int:
+        """What the step from node ``i`` has of ``order``: what was seen so far, and less at the end, as released.
+
+        A step into the data is of order 1; a run of fewer than `FEW` steps ends on the orders 2 and 1.
+        """
+        left = len(self) - i
+        few = len(self) < FEW
+        most = 1 if left == 1 and (few or self.end == "zero") else 2 if left == 2 and few else order
+        return min(order, i + 1, most)
+
     def evaluate(self, tape: Tape, i: int) -> tuple[Sum, Sum]:
         """A network evaluation at node ``i``: ``x`` and the predicted ``x0``."""
         scale = (self.sigma[i] ** 2 + SIGMA_DATA**2) ** -0.5 if self.prediction == "edm" else 1.0
@@ -136,6 +158,16 @@ class Nodes:
     def eps_of(self, i: int, x: Sum, x0: Sum) -> Sum:
         """``eps = (x - alpha x0) / sigma`` at node ``i``: the network's own where ``x0`` is not clamped."""
         return (x - self.alpha[i] * x0) / self.sigma[i]
+
+
+def check_order(order: int, most: int) -> None:
+    """Refuse an order outside 1..most.
+
+    Raises:
+        UserError: As said.
+    """
+    if order not in range(1, most + 1):
+        raise UserError(f"the order is {order}: expected 1 to {most}")
 
 
 def _levels(kappa: Floats, levels: Levels) -> Floats:

@@ -65,7 +65,7 @@ class Table:
         return replace(self, rows=rows, name=self.name if clip == "none" else f"{self.name}+{clip}-clip")
 
 
-def blank(timesteps: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float64]:
+def blank(timesteps: Sequence[float]) -> NDArray[np.float64]:
     """Rows that do nothing: no terms, no clamps, no stores; float64 [len(timesteps), STEP_COLUMNS]."""
     rows = np.zeros((len(timesteps), STEP_COLUMNS))
     rows[:, [Step.LOW0, Step.LOW]], rows[:, [Step.HIGH0, Step.HIGH]] = -np.inf, np.inf

@@ -15,23 +15,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-import numpy as np
+from bdkernels import HISTORY_SLOTS, STORE_COLUMNS, STORES, Step, Store
 
-from bdkernels import HISTORY_SLOTS, STEP_COLUMNS, STORE_COLUMNS, STORES, Step, Store
-
-from .table import End, Table
+from .table import End, Table, blank
 
 X: Final = "x"
 M: Final = "m"
 X0: Final = "x0"
-TRIGGER: Final = "r"
-_NEXT = {X: Step.P, X0: Step.Q, M: Step.S, TRIGGER: Step.R}
+_NEXT = {X: Step.P, X0: Step.Q, M: Step.S}
 _KEPT = {X: Store.E, M: Store.F, X0: Store.G}
 
 
 @dataclass(frozen=True)
 class Symbol:
-    """A tensor of one row: its ``x``, ``m``, ``x0``, the trigger, or a kept sum (named by its number)."""
+    """A tensor of one row: its ``x``, ``m``, ``x0``, or a kept sum (named by its number)."""
 
     row: int
     name: str
@@ -60,7 +57,6 @@ class Sum:
 class _Row:
     a: float
     b: float
-    d: float
     scale: float
     time: float
     after: Sum | None = None
@@ -75,21 +71,14 @@ class Tape:
         self._rows: list[_Row] = []
         self._kept: dict[Symbol, Sum] = {}
 
-    def evaluate(
-        self, time: float, a: float, b: float, *, scale: float = 1.0, trigger: float = 0.0
-    ) -> tuple[Sum, Sum, Sum]:
+    def evaluate(self, time: float, a: float, b: float, *, scale: float = 1.0) -> tuple[Sum, Sum, Sum]:
         """A network evaluation ``m = network(scale x, time)``.
 
         Returns:
-            ``x``, ``m`` and ``x0 = clamp(a x + b m + trigger r)`` of the new row.
+            ``x``, ``m`` and ``x0 = clamp(a x + b m)`` of the new row.
         """
-        self._rows.append(_Row(a, b, trigger, scale, time))
+        self._rows.append(_Row(a, b, scale, time))
         return self._symbol(X), self._symbol(M), self._symbol(X0)
-
-    @property
-    def trigger(self) -> Sum:
-        """The trigger image, for samplers that add it at every step."""
-        return self._symbol(TRIGGER)
 
     def _symbol(self, name: str) -> Sum:
         return Sum({Symbol(len(self._rows) - 1, name): 1.0})
@@ -110,14 +99,11 @@ class Tape:
         Raises:
             AssertionError: The sampler needs more slots, or stores a row, than the kernel has.
         """
-        rows = np.zeros((len(self._rows), STEP_COLUMNS))
-        rows[:, [Step.LOW0, Step.LOW]], rows[:, [Step.HIGH0, Step.HIGH]] = -np.inf, np.inf
-        rows[:, [Step.STORE + k * STORE_COLUMNS + Store.SLOT for k in range(STORES)]] = -1
+        rows = blank([line.time for line in self._rows])
         kept = self._last_uses()
         slots: list[Symbol | None] = [None] * HISTORY_SLOTS
         for k, (row, line) in enumerate(zip(rows, self._rows, strict=True)):
-            row[[Step.A, Step.B, Step.D, Step.IN, Step.TIME]] = line.a, line.b, line.d, line.scale, line.time
-            row[Step.Z] = line.noise
+            row[[Step.A, Step.B, Step.IN, Step.Z]] = line.a, line.b, line.scale, line.noise
             assert line.after is not None
             for symbol, value in self._here(line.after, k).terms.items():
                 row[_NEXT[symbol.name] if symbol.row == k else Step.H + slots.index(symbol)] += value

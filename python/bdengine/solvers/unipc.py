@@ -15,9 +15,9 @@ from typing import Final, Literal, get_args
 
 import numpy as np
 
-from ..errors import UserError, unknown
+from ..errors import unknown
 from ..schedule import Floats
-from .nodes import Nodes
+from .nodes import Nodes, check_order
 from .table import Table
 from .tape import Sum
 
@@ -35,8 +35,7 @@ def unipc(nodes: Nodes, order: int = 2, scale: Scale = "bh2", *, noise: bool = F
     Raises:
         UserError: An order or a scale that there is not.
     """
-    if order not in (1, 2, 3):
-        raise UserError(f"the order is {order}: expected 1 to 3")
+    check_order(order, 3)
     if scale not in SCALES:
         raise unknown("scale", scale, SCALES)
     tape = nodes.tape(f"unipc-{order}-{scale}{'-noise' if noise else ''}")
