@@ -13,7 +13,7 @@ import ctypes
 import importlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -105,13 +105,13 @@ def normal(seeds: Tensor, step: Tensor, stream: int, shape: Sequence[int], dtype
     return out.to(dtype)
 
 
-def _step(
+def _fused_step(
     x: Tensor,
-    model_output: Tensor,
     out: Tensor,
     table: Tensor,
     arm: Tensor,
-    step: Tensor,
+    steps: Tensor,
+    count: int,
     seeds: Tensor,
     trigger: Tensor | None,
     region: Tensor | None,
@@ -119,11 +119,11 @@ def _step(
     history: Tensor | None,
     stores: bool,
     bad_row: Tensor | None,
-) -> None:
-    _module().fused_step(
+) -> Callable[[int, int, int], None]:
+    """The op on these tensors; a call takes the address and format of ``m`` and which of ``count`` steps it is."""
+    return _module().FusedStep(
         tuple(x.shape),
         _view(x),
-        _view(model_output),
         _view(out),
         _ABSENT if history is None else _view(history),
         0 if history is None else min(len(history), HISTORY_SLOTS),
@@ -132,8 +132,9 @@ def _step(
         tuple(table.shape),
         arm.data_ptr(),
         _address(arm_inside),
-        step.data_ptr(),
-        step.ndim,
+        steps.data_ptr(),
+        count,
+        int(steps.numel() != count),
         seeds.data_ptr(),
         _image(trigger),
         _image(region),
@@ -156,7 +157,8 @@ def fused_step(
 ) -> Tensor:
     """See `bdkernels.fused_step`."""
     out = torch.empty_like(x)
-    _step(x, model_output, out, table, arm, step, seeds, trigger, region, arm_inside, history, False, None)
+    one = _fused_step(x, out, table, arm, step, 1, seeds, trigger, region, arm_inside, history, False, None)
+    one(*_view(model_output), 0)
     return out
 
 
@@ -174,7 +176,40 @@ def fused_step_(
     bad_row: Tensor | None,
 ) -> None:
     """See `bdkernels.fused_step_`."""
-    _step(x, model_output, x, table, arm, step, seeds, trigger, region, arm_inside, history, True, bad_row)
+    one = _fused_step(x, x, table, arm, step, 1, seeds, trigger, region, arm_inside, history, True, bad_row)
+    one(*_view(model_output), 0)
+
+
+class BoundStep:
+    """See `bdkernels.bind_step`."""
+
+    def __init__(
+        self,
+        check: Callable[[Tensor], None],
+        x: Tensor,
+        table: Tensor,
+        arm: Tensor,
+        steps: Tensor,
+        seeds: Tensor,
+        trigger: Tensor | None,
+        region: Tensor | None,
+        arm_inside: Tensor | None,
+        history: Tensor | None,
+        bad_row: Tensor | None,
+    ) -> None:
+        tensors = (trigger, region, arm_inside, history)
+        self._step = _fused_step(x, x, table, arm, steps, len(steps), seeds, *tensors, True, bad_row)
+        self._alive = (x, table, arm, steps, seeds, *tensors, bad_row)
+        self._check = check
+        self._seen: tuple[object, ...] = ()
+        self._format = 0
+
+    def __call__(self, model_output: Tensor, k: int) -> None:
+        seen = (model_output.shape, model_output.stride(), model_output.dtype, model_output.is_cpu)
+        if seen != self._seen:
+            self._check(model_output)
+            self._seen, self._format = seen, _view(model_output)[1]
+        self._step(model_output.data_ptr(), self._format, k)
 
 
 def fused_noising(

@@ -57,30 +57,55 @@ void bind_normal(const Shape& shape, const Tensor& out, Address seeds, Address s
            {view(shape, out), integers(seeds), {integers(step), step_stride}, stream});
 }
 
-void bind_step(const Shape& shape, const Tensor& x_t, const Tensor& m, const Tensor& out,
-               const Tensor& history, int slots, bool stores, Address rows, const TableShape& rows_shape,
-               Address arm, Address arm_inside, Address step, int step_stride, Address seeds,
-               const Image& trigger, const Image& region, Address bad_row, int threads) {
-    const Extent size = extent(shape, threads);
-    StepCall call{view(shape, x_t),
-                  view(shape, m),
-                  view(shape, out),
-                  image(shape, trigger),
-                  image(shape, region, Type::byte),
-                  {},
-                  slots,
-                  stores,
-                  table(rows, rows_shape),
-                  integers(arm),
-                  integers(arm_inside),
-                  integers(seeds),
-                  {integers(step), step_stride}};
-    for (int j = 0; j < slots; ++j) {
-        const Address offset = sizeof(float) * size.samples * size.elements * j;
-        call.history[j] = view(shape, {history.first + offset, history.second});
+// fused_step on the same tensors again and again: what a call brings is m and which of `steps` it is.
+class FusedStep {
+  public:
+    FusedStep(const Shape& shape, const Tensor& x_t, const Tensor& out, const Tensor& history, int slots,
+              bool stores, Address rows, const TableShape& rows_shape, Address arm, Address arm_inside,
+              Address steps, int64_t count, int step_stride, Address seeds, const Image& trigger,
+              const Image& region, Address bad_row, int threads)
+        : shape_(shape),
+          extent_(extent(shape, threads)),
+          call_{view(shape, x_t),
+                {},
+                view(shape, out),
+                image(shape, trigger),
+                image(shape, region, Type::byte),
+                {},
+                slots,
+                stores,
+                table(rows, rows_shape),
+                integers(arm),
+                integers(arm_inside),
+                integers(seeds),
+                {integers(steps), step_stride}},
+          steps_(integers(steps)),
+          count_(count),
+          bad_row_(pointer<int64_t>(bad_row)) {
+        for (int j = 0; j < slots; ++j) {
+            const Address offset = sizeof(float) * extent_.samples * extent_.elements * j;
+            call_.history[j] = view(shape, {history.first + offset, history.second});
+        }
     }
-    fused_step(size, call, pointer<int64_t>(bad_row));
-}
+
+    void operator()(Address m, int format, int64_t k) {
+        if (k < 0 || k >= count_)
+            throw std::invalid_argument("step " + std::to_string(k) + " was asked for: expected 0 to " +
+                                        std::to_string(count_ - 1));
+        StepCall call = call_;
+        call.m = view(shape_, {m, format});
+        call.step.data = steps_ + k * (call.step.stride == 0 ? 1 : extent_.samples);
+        fused_step(extent_, call, bad_row_);
+    }
+
+  private:
+    Shape shape_;
+    Extent extent_;
+    StepCall call_;
+    const int64_t* steps_;
+    int64_t count_;
+    int64_t* bad_row_;
+};
 
 void bind_noising(const Shape& shape, const Tensor& x0, const Tensor& out, Address t, Address arm,
                   Address arm_inside, Address seeds, Address rows, const TableShape& rows_shape,
@@ -130,7 +155,11 @@ py::dict columns() {
 PYBIND11_MODULE(_native, m) {
     const py::call_guard<py::gil_scoped_release> unlocked;
     m.def("normal", bind_normal, unlocked);
-    m.def("fused_step", bind_step, unlocked);
+    py::class_<FusedStep>(m, "FusedStep")
+        .def(py::init<const Shape&, const Tensor&, const Tensor&, const Tensor&, int, bool, Address,
+                      const TableShape&, Address, Address, Address, int64_t, int, Address, const Image&,
+                      const Image&, Address, int>())
+        .def("__call__", &FusedStep::operator(), unlocked);
     m.def("fused_noising", bind_noising, unlocked);
     m.def("fused_loss", bind_loss, unlocked);
     m.def("philox", philox_words);

@@ -95,14 +95,15 @@ class Sampler:
         bad_row = torch.full_like(seeds[0], NO_BAD_ROW)
         scale, time = (self.table[arm, :, c].T.contiguous() for c in (Step.IN, Step.TIME))
         scaled = bool((self.table[..., Step.IN] != 1).any())
-        for row, step in enumerate(self.rows):
+        step = bdkernels.bind_step(x, self.table, arm, self.rows, seeds, history=history, bad_row=bad_row)
+        for row in range(len(self.rows)):
             if watch:
                 watch(row, x)
             m = self.network(x * scale[row].reshape(-1, 1, 1, 1) if scaled else x, time[row])
             if snr := self.corrector[row]:
-                x = langevin(x, m, bdkernels.normal(seeds, self.shape, step=row, stream=STREAM_STEP), snr)
-                continue
-            bdkernels.fused_step_(x, m, self.table, arm, step, seeds, history=history, bad_row=bad_row)
+                x.copy_(langevin(x, m, bdkernels.normal(seeds, self.shape, step=row, stream=STREAM_STEP), snr))
+            else:
+                step(m, row)
         if watch:
             watch(len(self.rows), x)
         if (bad := int(bad_row)) != NO_BAD_ROW:
