@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -153,13 +154,18 @@ class Brownian:
         return (last - first) / (float(start) - float(end)) ** 0.5
 
 
+@functools.cache
+def noise_of(row: int) -> Tensor:
+    return bdkernels.normal(SEEDS, SHAPE, step=row, stream=bdkernels.STREAM_STEP, dtype=torch.float64)
+
+
 def stock(case: Case, scheduler: Any, x: Tensor) -> tuple[Tensor, int]:
     """The last sample of the scheduler's own loop, and how often it evaluated the network."""
     scheduler, row, evaluations = copy.deepcopy(scheduler), 0, 0
     module = sys.modules[type(scheduler).__module__]
 
     def noise(*_: object, **__: object) -> Tensor:
-        return bdkernels.normal(SEEDS, SHAPE, step=row, stream=bdkernels.STREAM_STEP, dtype=torch.float64)
+        return noise_of(row)
 
     with ExitStack() as patches:
         for name, stand_in in (("randn_tensor", noise), ("BrownianTreeNoiseSampler", lambda *_, **__: Brownian(noise))):

@@ -158,7 +158,10 @@ class Fused(ABC):
         """At the timesteps and then at ``alpha_bar = end``; ``floor`` stands for an ``alpha_bar`` of 0."""
         for time in (min(self._times), max(self._times)):
             if not 0 <= time < self._schedule.T:
-                raise UserError(f"timestep {time:g} is not of training: expected 0 to {self._schedule.T - 1}")
+                raise UserError(
+                    f"timestep {time:g} is not of training: expected 0 to {self._schedule.T - 1}, which stock leaves at some"
+                    " numbers of steps; try another"
+                )
         alpha_bar = self._schedule.alpha_bar[np.array(self._times, np.int64)]
         alpha_bar = np.append(np.where(alpha_bar == 0, floor, alpha_bar), end)
         return Nodes.preserving(alpha_bar, np.array(self._times), self._schedule.prediction)
