@@ -275,7 +275,7 @@ TO_MIN = {"set_alpha_to_one": False}
         (Case("DDPMScheduler", {"variance_type": "fixed_large"}), 10, "zero"),
         (Case("DPMSolverMultistepInverseScheduler"), 10, "min"),
         (Case("DDIMInverseScheduler"), 10, "min"),
-        *((Case("DDIMScheduler", kind), 10, "zero") for kind in ({}, V, X0)),
+        *((Case("DDIMScheduler", {**kind, **TRAILING}), 10, "zero") for kind in ({}, V, X0)),
         *((Case("DDIMScheduler", {**kind, **TO_MIN}), 10, "min") for kind in ({}, V, X0)),
         # With 7 steps stock's last one leads from 142 to 142 - 1000 // 7 = 0.
         *((Case("DDIMScheduler", {**kind, **TRAILING}), 7, "min") for kind in ({}, V, X0)),
