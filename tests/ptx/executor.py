@@ -15,7 +15,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import shutil
 import struct
 import subprocess
 import tempfile
@@ -73,8 +72,7 @@ class Kernel:
             raise PtxError(f"entry `{name}`; expected one of {', '.join(module.entries)}")
         entry = module.entries[found[0]]
         self.name, self.parameters, self.limits = entry.name, entry.parameters, entry.limits
-        self.texts = {s.line: s.text for s in entry.body if isinstance(s, Instruction)}
-        self.opcodes = [s.opcode for s in entry.body if isinstance(s, Instruction)]
+        self.body = entry.body
         self._launch = ctypes.CDLL(str(_build(Translator(module, entry).source()))).ptx_launch
 
     def __call__(
@@ -119,8 +117,13 @@ class Kernel:
             order=ORDERS.index(order),
         )
         message = ctypes.create_string_buffer(1000)
-        if line := self._launch(ctypes.byref(request), message, len(message)):
-            raise Fault(f"{self.name}, line {line} `{self.texts.get(line, '')}`: {message.value.decode()}")
+        if (number := self._launch(ctypes.byref(request), message, len(message))) >= 0:
+            failed = self.body[number]
+            raise Fault(f"{self.name}, line {failed.line} `{failed.text}`: {message.value.decode()}")
+
+    def opcodes(self) -> list[str]:
+        """Opcodes with every modifier, in the order of the text."""
+        return [s.opcode for s in self.body if isinstance(s, Instruction)]
 
     def _check_block(self, threads: tuple[int, ...]) -> None:
         required = self.limits.get("reqntid")
@@ -223,14 +226,12 @@ def _compile(target: Path, *flags: str, source: str = "") -> None:
     unfinished.replace(target)
 
 
-def nvcc_path() -> str | None:
-    return shutil.which("nvcc")
-
-
 def compile_cu(path: Path, arch: str, *flags: str) -> str:
     """The PTX that nvcc makes of a ``.cu`` file for ``arch``, such as ``sm_80``; unfused unless ``flags`` say otherwise."""
-    command = ["nvcc", "-ptx", f"-arch={arch}", "-std=c++17", "-fmad=false", *flags, "-o", "/dev/stdout", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"nvcc: {done.stderr[:2000]}")
-    return done.stdout
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "kernel.ptx"
+        command = ["nvcc", "-ptx", f"-arch={arch}", "-std=c++17", "-fmad=false", *flags, "-o", str(target), str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"nvcc: {done.stderr[:2000]}")
+        return target.read_text()

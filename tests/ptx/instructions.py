@@ -149,6 +149,8 @@ INTEGER: Final = re.compile(r"-?(0[xX][0-9a-fA-F]+|\d+)U?$")
 
 def conversion(mode: list[str], to: str, source: str) -> str:
     """cvt of the value ``a``: which roundings a pair of types takes, and the C++ for it."""
+    if mode[1:] == ["ftz"] and source == "f32" and mode[0] in ("rni", "rzi", "rmi", "rpi"):  # Triton's floor and ceil
+        return conversion(mode[:1], to, source).replace("(a", "(flush(a)", 1)
     from_float, to_float = source in FLOATS, to in FLOATS
     rounding = mode[0] if mode else ""
     whole = f"integral({'f32(a)' if source in ('f16', 'bf16') else 'a'}, {rounding[:2]})"

@@ -71,7 +71,7 @@ struct Launch;
 struct Thread {
     Launch* launch;
     u32 tid[3], index;
-    int resume = 0, line = 0;
+    int resume = 0, statement = 0;
     enum { kReady, kAtBarrier, kAtWarp, kExited } state = kReady;
 
     // What it waits with, and the answer.

@@ -145,7 +145,7 @@ void Launch::release_block() {
                     " threads exited before it"};
     for (const Thread& t : threads)
         if (t.site != first.site || t.barrier != first.barrier)
-            throw Fault{"divergent barrier: another thread waits at line " + number(t.line)};
+            throw Fault{"divergent barrier: thread " + number(t.index) + " waits at another one"};
     ++time;
     for (Thread& t : threads) {
         t.state = Thread::kReady;
@@ -201,7 +201,7 @@ std::string Launch::place(const Thread& t) const {
 
 }  // namespace ptx
 
-// 0, or the line of the instruction that failed, with what it did in `message`.
+// -1, or the statement that failed, with what it did in `message`.
 extern "C" int ptx_launch(const ptx::Request* request, char* message, size_t size) {
     using namespace ptx;
     Launch launch(*request);
@@ -217,7 +217,7 @@ extern "C" int ptx_launch(const ptx::Request* request, char* message, size_t siz
     } catch (const Fault& fault) {
         const Thread& t = *launch.current;
         snprintf(message, size, "%s%s", fault.message.c_str(), launch.place(t).c_str());
-        return t.line;
+        return t.statement;
     }
-    return 0;
+    return -1;
 }

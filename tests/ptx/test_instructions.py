@@ -14,128 +14,19 @@ import pytest
 
 from tests.ptx.executor import Kernel
 from tests.ptx.parser import PtxError
-
-HEAD: Final = ".version 8.7\n.target sm_90\n.address_size 64\n"
-# Precision in bits, smallest and largest exponent of a normal number, and the width.
-FORMATS: Final = {
-    "f16": (11, -14, 15, 16),
-    "bf16": (8, -126, 127, 16),
-    "f32": (24, -126, 127, 32),
-    "f64": (53, -1022, 1023, 64),
-}
-INTEGERS: Final = ("u16", "s16", "u32", "s32", "u64", "s64")
-ROUND: Final[dict[str, Callable[[Fraction], int]]] = {"rn": round, "rz": math.trunc, "rm": math.floor, "rp": math.ceil}
-
-
-def entry(body: str, parameters: int = 1, registers: str = "", declarations: str = "", name: str = "test") -> str:
-    """PTX of one entry with 64-bit parameters ``p0, p1, ...``, loaded into ``%g0, %g1, ...``, and ``%i = tid.x``."""
-    declared = ", ".join(f".param .u64 p{i}" for i in range(parameters))
-    loads = "".join(f"ld.param.u64 %g{i}, [p{i}];\n" for i in range(parameters))
-    common = (
-        f".reg .b64 %g<{parameters + 1}>, %at<9>, %w<9>; .reg .b32 %i, %r<20>; .reg .b16 %h<9>; .reg .pred %p<9>, %q;"
-    )
-    common += ".reg .f32 %f<9>; .reg .f64 %x<9>;"
-    return (
-        f"{HEAD}{declarations}\n.visible .entry {name}({declared})\n{{\n{common}\n{registers}\n{loads}mov.u32 %i, %tid.x;\n"
-        f"{body}\nret;\n}}\n"
-    )
-
-
-def compute(instructions: list[str], result: int, *operands: np.ndarray) -> np.ndarray:
-    """Row i: what instruction i leaves in ``%d`` (of ``result`` bits) for every element of ``%a``, ``%b``, ``%c``."""
-    count = operands[0].size
-    registers, body = f".reg .b{max(result, 16)} %d;", ""
-    for i, (name, operand) in enumerate(zip("abc", operands, strict=False)):
-        bits = 8 * operand.itemsize
-        registers += f".reg .b{max(bits, 16)} %{name};"
-        body += f"mad.wide.u32 %at0, %i, {operand.itemsize}, %g{i};\nld.global.b{bits} %{name}, [%at0];\n"
-    for row, instruction in enumerate(instructions):
-        body += f"{instruction};\nmad.wide.u32 %at0, %i, {result // 8}, %g{len(operands)};\n"
-        body += f"st.global.b{result} [%at0+{row * count * result // 8}], %d;\n"
-    out = np.full((len(instructions), count), 0x55, dtype=f"u{result // 8}")
-    Kernel(entry(body, len(operands) + 1, registers), "test")(1, count, *operands, out, readonly=operands)
-    return out
-
-
-def bits(value: float, kind: str) -> int:
-    """The word of a float that the format ``kind`` holds exactly; NaN is the canonical one."""
-    precision, low, _, width = FORMATS[kind]
-    sign = int(math.copysign(1, value) < 0) << width - 1
-    if math.isnan(value):
-        return (1 << width - 1) - 1
-    top = ((1 << width - precision) - 1) << precision - 1
-    if math.isinf(value):
-        return sign | top
-    exponent = max(math.frexp(value)[1] - 1, low) if value else low
-    steps = int(Fraction(abs(value)) / Fraction(2) ** (exponent - precision + 1))
-    return sign | (steps + ((exponent - low) << precision - 1))
-
-
-def to_float(word: int, kind: str) -> float:
-    precision, low, _, width = FORMATS[kind]
-    sign = -1.0 if word >> width - 1 else 1.0
-    exponent, fraction = word >> precision - 1 & (1 << width - precision) - 1, word & (1 << precision - 1) - 1
-    if exponent == (1 << width - precision) - 1:
-        return math.nan if fraction else sign * math.inf
-    steps = fraction + ((1 << precision - 1) if exponent else 0)
-    return sign * float(Fraction(steps) * Fraction(2) ** (max(exponent, 1) - 1 + low - precision + 1))
-
-
-def rounded(exact: Fraction, kind: str, mode: str = "rn", zero: float = 0.0) -> int:
-    """The word of the format's number that ``exact`` rounds to; ``zero`` has the sign of an exact zero."""
-    precision, low, high, _ = FORMATS[kind]
-    if not exact:
-        return bits(zero, kind)
-    exponent = abs(exact.numerator).bit_length() - exact.denominator.bit_length()
-    exponent -= Fraction(2) ** exponent > abs(exact)
-    step = Fraction(2) ** (max(exponent, low) - precision + 1)
-    value = ROUND[mode](exact / step) * step
-    largest = (2 - Fraction(2) ** (1 - precision)) * Fraction(2) ** high
-    if abs(value) > largest:
-        goes_out = mode == "rn" or mode == ("rp" if value > 0 else "rm")
-        return bits((1 if value > 0 else -1) * (math.inf if goes_out else float(largest)), kind)
-    return bits(math.copysign(float(value), 1 if exact > 0 else -1), kind)
-
-
-def words(values: list[float], kind: str) -> np.ndarray:
-    return np.array([bits(v, kind) for v in values], dtype=f"u{FORMATS[kind][3] // 8}")
-
-
-def floats(kind: str, seed: int = 0, count: int = 12) -> list[float]:
-    """Zeros, infinities, NaN, the smallest and largest numbers, and random words."""
-    precision, low, high, width = FORMATS[kind]
-    tiny, huge = 2.0 ** (low - precision + 1), (2 - 2.0 ** (1 - precision)) * 2.0**high
-    edges = [0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan, tiny, -tiny, 2.0**low, huge, -huge]
-    some = np.random.default_rng(seed).integers(0, 2**width, count, dtype=np.uint64)
-    return edges + [v for v in (to_float(int(w), kind) for w in some) if not math.isnan(v)]
-
-
-def integers(kind: str) -> np.ndarray:
-    dtype = np.dtype(kind.replace("s", "i")[0] + str(int(kind[1:]) // 8))
-    info, random = np.iinfo(dtype), np.random.default_rng(1)
-    edges = [0, 1, 2, 3, 31, info.max, info.max - 1, info.min, info.min + 1, info.max // 3]
-    return np.array([*edges, *random.integers(info.min, info.max, 10, dtype=dtype)], dtype=dtype)
-
-
-def pairs(values: Any) -> tuple[Any, Any]:
-    a, b = zip(*product(values, values), strict=True)
-    return (np.array(a), np.array(b)) if isinstance(values, np.ndarray) else (list(a), list(b))
-
-
-def exactly(
-    operation: Callable[..., Fraction], kind: str, *operands: list[float], special: Callable[..., float]
-) -> np.ndarray:
-    """``operation`` in exact arithmetic, rounded once; ``special`` (in double) where an operand or a result is not finite."""
-    result = []
-    for values in zip(*operands, strict=True):
-        plain = special(*(np.float64(v) for v in values))
-        try:
-            exact = operation(*(Fraction(v) for v in values))
-        except (OverflowError, ValueError, ZeroDivisionError):
-            result.append(bits(float(plain), kind))
-        else:
-            result.append(rounded(exact, kind, zero=float(plain)))
-    return np.array(result, dtype=f"u{FORMATS[kind][3] // 8}")
+from tests.ptx.ptx_for_tests import (
+    FORMATS,
+    INTEGERS,
+    compute,
+    entry,
+    exactly,
+    floats,
+    integers,
+    pairs,
+    rounded,
+    to_float,
+    words,
+)
 
 
 @pytest.mark.parametrize("kind", INTEGERS)
@@ -373,78 +264,6 @@ def test_predicates() -> None:
     texts += [make + "not.pred %p3, %p1; mov.u32 %d, 0; @%p3 mov.u32 %d, 1; @!%p2 add.u32 %d, %d, 2"]
     texts += ["mov.pred %p3, 1; selp.b32 %d, %a, %b, %p3"]
     assert (compute(texts, 32, a, b) == np.stack([a & b, a | b, a ^ b, (1 - a) + 2 * (1 - b), a])).all()
-
-
-@pytest.mark.parametrize("source", ["f16", "f32", "f64"])
-def test_float_to_integer(source: str) -> None:
-    """Out of range: the nearest bound. NaN: 0, or the top bit where a side has 64 bits."""
-    values = [*floats(source), 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 0.75, 127.5, 255.5, -128.5, 1000.5]
-    values += [] if source == "f16" else [2.0**31, -(2.0**31), 2.0**32, 2.0**63, -(2.0**63), 2.0**64, 2.0**24 + 2]
-    for width in (8, 32, 64):
-        expected, texts = [], []
-        for sign, mode in product("us", ROUND):
-            low, high = (0, (1 << width) - 1) if sign == "u" else (-(1 << width - 1), (1 << width - 1) - 1)
-            not_a_number = 1 << width - 1 if 64 in (width, FORMATS[source][3]) else 0
-            limits = {math.inf: high, -math.inf: low}
-            row = [
-                not_a_number
-                if math.isnan(v)
-                else limits[v]
-                if math.isinf(v)
-                else min(max(ROUND[mode](Fraction(v)), low), high)
-                for v in values
-            ]
-            expected.append([v & (1 << width) - 1 for v in row])
-            texts.append(f"cvt.{mode}i.{sign}{width}.{source} %d, %a")
-        assert compute(texts, width, words(values, source)).tolist() == expected
-
-
-@pytest.mark.parametrize("source", ["u8", "s16", "u32", "s32", "u64", "s64"])
-def test_integer_to_float_and_integer(source: str) -> None:
-    a = integers(source)
-    for kind in ("f16", "f32", "f64"):
-        got = compute([f"cvt.{mode}.{kind}.{source} %d, %a" for mode in ROUND], FORMATS[kind][3], a)
-        assert got.tolist() == [[rounded(Fraction(int(v)), kind, mode) for v in a] for mode in ROUND]
-    for target in ("s8", "u16", "s32", "u64"):
-        width = int(target[1:])
-        low, high = (0, (1 << width) - 1) if target[0] == "u" else (-(1 << width - 1), (1 << width - 1) - 1)
-        got = compute([f"cvt.{target}.{source} %d, %a", f"cvt.sat.{target}.{source} %d, %a"], width, a)
-        assert got[0].tolist() == [int(v) & (1 << width) - 1 for v in a]
-        assert got[1].tolist() == [min(max(int(v), low), high) & (1 << width) - 1 for v in a]
-
-
-@pytest.mark.parametrize(
-    ("target", "source", "modes"), [("f32", "f64", "rn rz rm rp"), ("f16", "f32", "rn rz"), ("bf16", "f32", "rn rz")]
-)
-def test_float_to_narrower_float(target: str, source: str, modes: str) -> None:
-    precision, low = FORMATS[target][:2]
-    values = floats(source, count=40) + [to_float(w, target) for w in (1, 2, 3)]
-    values += [1 + 2.0**-precision, 1 + 3 * 2.0**-precision, -1 - 2.0**-precision, 2.0 ** (low - precision)]
-    values += [s * v for s in (1, -1) for v in (65504.0, 65519.0, 65520.0, 1.1)]
-    got = compute(
-        [f"cvt.{mode}.{target}.{source} %d, %a" for mode in modes.split()], FORMATS[target][3], words(values, source)
-    )
-    for mode, row in zip(modes.split(), got, strict=True):
-        expected = [rounded(Fraction(v), target, mode, v) if math.isfinite(v) else bits(v, target) for v in values]
-        assert row.tolist() == expected
-    if FORMATS[target][3] == 16:
-        x, y = words(values, source), words(values[::-1], source)
-        packed = compute([f"cvt.{mode}.{target}x2.f32 %d, %a, %b" for mode in modes.split()], 32, x, y)
-        assert (packed == got.astype(np.uint32) << 16 | got[:, ::-1]).all()
-
-
-def test_float_to_wider_float_and_whole_floats() -> None:
-    for target, source in (("f32", "f16"), ("f32", "bf16"), ("f64", "f32")):
-        values = floats(source, count=40)
-        got = compute([f"cvt.{target}.{source} %d, %a"], FORMATS[target][3], words(values, source))
-        assert got[0].tolist() == words(values, target).tolist()
-    values = [*floats("f32"), 0.5, 1.5, 2.5, -0.5, -1.5, 0.75, 2.0**23 - 0.5, -0.25]
-    x = np.array(values, dtype=np.float32)
-    got = compute(
-        [f"cvt.{mode}i.f32.f32 %d, %a" for mode in ROUND] + ["cvt.sat.f32.f32 %d, %a"], 32, words(values, "f32")
-    )
-    expected = [np.rint(x), np.trunc(x), np.floor(x), np.ceil(x), np.where(np.isnan(x) | (x <= 0), 0, np.minimum(x, 1))]
-    assert got.tolist() == [words(v.tolist(), "f32").tolist() for v in expected]
 
 
 def test_mov_packs_and_selects() -> None:

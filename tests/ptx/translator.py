@@ -351,18 +351,18 @@ class Translator:
             raise PtxError("unknown instruction")
         guard = s.guard.removeprefix("!")
         condition = f"if ({'!' if s.guard.startswith('!') else ''}test({self.register(guard)})) " if guard else ""
-        return f"t.line = {s.line}; {condition}{{ {text} }}"
+        return f"{condition}{{ {text} }}"
 
     def source(self) -> str:
         """The C++ file. Raises :class:`PtxError` that names the line and the instruction that has no translation."""
         lines = []
-        for s in self.entry.body:
+        for number, s in enumerate(self.entry.body):
             if isinstance(s, Label):
                 self.seen.add(s.name)
                 lines.append(f"{_label(s.name)}:;")
                 continue
             try:
-                lines.append(self.statement(s))
+                lines.append(f"t.statement = {number}; {self.statement(s)}")
             except (PtxError, ValueError, KeyError, IndexError) as error:
                 raise PtxError(f"line {s.line}: `{s.text}`: {error}") from error
         fields = "\n".join(
