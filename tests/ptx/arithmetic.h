@@ -217,6 +217,12 @@ F greater_nan(F a, F b) {
     return a != a || b != b ? canonical(of_bits<F>(Bits<F>(-1))) : greater(a, b);
 }
 
+// min, max of the magnitudes, with the sign of the product.
+template <class F>
+F xor_sign(F (*choose)(F, F), F a, F b) {
+    return set_sign(choose(set_sign(a, false), set_sign(b, false)), negative(a) != negative(b));
+}
+
 // fma of a 16-bit float: the double sum is rounded to odd, so that rounding it again is rounding once.
 template <class F>
 F fma16(F a, F b, F c) {

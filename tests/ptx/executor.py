@@ -44,7 +44,7 @@ class _Request(ctypes.Structure):
     """One launch; the same layout as ``Request`` in runtime.cpp."""
 
     _fields_: Final = [
-        ("parameters", ctypes.c_char_p),
+        ("parameters", ctypes.c_void_p),
         ("buffers", ctypes.POINTER(ctypes.c_uint64)),
         ("seed", ctypes.c_uint64),
         ("jump_limit", ctypes.c_uint64),
@@ -100,13 +100,14 @@ class Kernel:
             raise ValueError(f"order {order!r}; expected one of {', '.join(ORDERS)}")
         blocks, threads = _triple(grid), _triple(block)
         self._check_block(threads)
-        spans = _spans([*(a for a in args if isinstance(a, Array)), *buffers], readonly)
-        words = [word for span, fixed in spans.items() for word in (*span, fixed)]
         packed = b""
         for parameter, argument in zip(self.parameters, args, strict=True):
             packed = packed.ljust(parameter.offset, b"\0") + _pack(parameter, argument)
+        given = np.frombuffer(packed + b"\0", np.uint8).copy()
+        spans = _spans([*(a for a in args if isinstance(a, Array)), *buffers], [*readonly, given[:-1]])
+        words = [word for span, fixed in spans.items() for word in (*span, fixed)]
         request = _Request(
-            parameters=packed,
+            parameters=given.ctypes.data,
             buffers=(ctypes.c_uint64 * max(len(words), 1))(*words),
             seed=seed,
             jump_limit=jump_limit,

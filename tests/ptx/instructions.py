@@ -76,6 +76,10 @@ _ROWS: Final = [
     Row("max", _ALL_F, "T T", "T", "greater<T>(a, b)"),
     Row("min.NaN", "f16 bf16 f32", "T T", "T", "lesser_nan<T>(a, b)"),
     Row("max.NaN", "f16 bf16 f32", "T T", "T", "greater_nan<T>(a, b)"),
+    Row("min.xorsign.abs", "f32", "T T", "T", "xor_sign(lesser<T>, a, b)"),
+    Row("max.xorsign.abs", "f32", "T T", "T", "xor_sign(greater<T>, a, b)"),
+    Row("min.NaN.xorsign.abs", "f32", "T T", "T", "xor_sign(lesser_nan<T>, a, b)"),
+    Row("max.NaN.xorsign.abs", "f32", "T T", "T", "xor_sign(greater_nan<T>, a, b)"),
     Row("abs", _ALL_F, "T", "T", "set_sign<T>(a, false)"),
     Row("neg", _ALL_F, "T", "T", "set_sign<T>(a, !negative<T>(a))"),
     Row("copysign", _F, "T T", "T", "set_sign<T>(b, negative<T>(a))"),
@@ -111,7 +115,13 @@ ATOMIC_TYPES: Final = {
     **{"cas": "b16 b32 b64", "inc": "u32", "dec": "u32"},
 }
 SPACES: Final = {
-    **{"global": "kGlobal", "const": "kGlobal", "shared": "kSharedSpace", "shared::cta": "kSharedSpace"},
+    **{
+        "global": "kGlobal",
+        "const": "kGlobal",
+        "param": "kGlobal",
+        "shared": "kSharedSpace",
+        "shared::cta": "kSharedSpace",
+    },
     **{"local": "kLocalSpace"},
 }
 # Where a line is kept, and for how long, changes no value.

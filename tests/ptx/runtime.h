@@ -131,18 +131,6 @@ Vector<T, N> load(Thread& t, Space space, Access access, u64 at) {
     return v;
 }
 
-template <class T>
-T parameter(const Thread& t, u32 offset) {
-    T value;
-    memcpy(&value, t.parameters() + offset, sizeof value);
-    return value;
-}
-
-// and, or of predicates: one defined operand can decide.
-inline u8 unset_and(const Register<bool>& a, bool x, const Register<bool>& b, bool y) {
-    return (!a.unset && !x) || (!b.unset && !y) ? kSet : a.unset | b.unset;
-}
-
 struct Variable {
     u8* bytes;
     u64 size;

@@ -199,6 +199,13 @@ def test_float_min_max_and_signs(kind: str) -> None:
             [f"min.NaN.{kind} %d, %a, %b", f"max.NaN.{kind} %d, %a, %b"], width, words(a, kind), words(b, kind)
         )
         assert (got == np.stack([words(v, kind) for v in spread])).all()
+    if kind == "f32":
+        names = ("min", "max", "min.NaN", "max.NaN")
+        sides = words(a, kind), words(b, kind)
+        got = compute([f"{n}.xorsign.abs.f32 %d, %a, %b" for n in names], width, *sides)
+        magnitudes = compute([f"{n}.f32 %d, %a, %b" for n in names], width, *(w & 0x7FFFFFFF for w in sides))
+        sign = np.where(magnitudes == 0x7FFFFFFF, 0, (sides[0] ^ sides[1]) & 0x80000000)
+        assert (got == magnitudes | sign).all()
     got = compute([f"abs.{kind} %d, %a", f"neg.{kind} %d, %a"], width, words(a, kind))
     expected = [words([abs(v) for v in a], kind), words([v if math.isnan(v) else -v for v in a], kind)]
     assert (got == np.stack(expected)).all()

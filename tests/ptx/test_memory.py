@@ -48,23 +48,24 @@ def test_parameters_of_every_kind() -> None:
         .visible .entry test(.param .u64 .ptr .global .align 8 out, .param .align 8 .b8 st[24],
             .param .f32 x, .param .b8 y, .param .s16 z)
         {
-        .reg .b64 %o, %s; .reg .b32 %a<8>; .reg .b16 %h<3>;
+        .reg .b64 %o, %s, %t; .reg .b32 %a<8>; .reg .b16 %h<3>;
         ld.param.u64 %o, [out];
         ld.param.u64 %s, [st+8];
         ld.param.v2.b32 {%a0, %a1}, [st];
         ld.param.f32 %a2, [x]; ld.param.u8 %h0, [y]; ld.param.s16 %a3, [z];
         cvt.u32.u16 %a4, %h0;
         ld.u32 %a5, [%s];
+        mov.b64 %t, st; ld.param.u32 %a6, [%t+16]; cvta.param.u64 %t, %t; ld.u32 %a7, [%t+4];
         st.global.v4.u32 [%o], {%a0, %a1, %a2, %a3};
-        st.global.v2.u32 [%o+16], {%a4, %a5};
+        st.global.v4.u32 [%o+16], {%a4, %a5, %a6, %a7};
         ret;
         }"""
     )
-    out, inner = torch.zeros(6, dtype=torch.int32), np.array([77], dtype=np.int32)
+    out, inner = torch.zeros(8, dtype=torch.int32), np.array([77], dtype=np.int32)
     given = struct.pack("<iiQi4x", 3, -4, inner.ctypes.data, 9)
     kernel = Kernel(ptx, "test")
     kernel(1, 1, out, given, 1.5, 200, -7, readonly=(inner,))
-    assert out.tolist() == [3, -4, 0x3FC00000, -7, 200, 77]
+    assert out.tolist() == [3, -4, 0x3FC00000, -7, 200, 77, 9, -4]
     for wrong in (
         (out, given[1:], 1.5, 200, -7),
         (out, given, 1.5, 256, -7),

@@ -23,9 +23,8 @@ class Translator:
 
     def __init__(self, module: Module, entry: Entry) -> None:
         self.entry = entry
-        self.parameters = {p.name: p for p in entry.parameters}
         self.globals: list[Variable] = []
-        self.symbols: dict[str, str] = {}
+        self.symbols = {p.name: f"u64(t.parameters() + {p.offset})" for p in entry.parameters}
         self.bytes = {"shared": 0, "local": 0}
         self.sites = 0
         self.seen: set[str] = set()
@@ -196,7 +195,13 @@ class Translator:
 
     def cvta(self, m: list[str], o: tuple[str, ...]) -> str:
         to, space, kind = "to" in m, m[-2], m[-1]
-        if m not in (["to", space, "u64"], [space, "u64"]) or space not in ("global", "const", "shared", "local"):
+        if m not in (["to", space, "u64"], [space, "u64"]) or space not in (
+            "global",
+            "const",
+            "param",
+            "shared",
+            "local",
+        ):
             raise PtxError("unknown address conversion")
         window = {"shared": "kSharedWindow", "local": "kLocalWindow"}.get(space, "0")
         change = f"& ~u64({window})" if to else f"| {window}"
@@ -218,8 +223,6 @@ class Translator:
         *modifiers, kind = m
         targets = split_operands(o[0][1:-1]) if o[0].startswith("{") else [o[0]]
         word = f"b{8 * SIZES[kind]}"
-        if modifiers[:1] == ["param"]:
-            return self._ld_param(modifiers, kind, targets, o)
         space, count, rest = isa.memory(modifiers, len(targets))
         access = "kReadOnlyRead" if rest == ["nc"] and space == "kGlobal" else "kRead"
         if rest not in ([], ["nc"]) or len(o) != 2 + ("L2::cache_hint" in modifiers):
@@ -228,19 +231,6 @@ class Translator:
         held = kind if kind not in isa.FLOATS else word
         return text + "".join(
             self.put(d, held, f"{held}(v.value[{i}])", f"v.unset[{i}]") for i, d in enumerate(targets)
-        )
-
-    def _ld_param(self, modifiers: list[str], kind: str, targets: list[str], o: tuple[str, ...]) -> str:
-        match = re.fullmatch(r"\[\s*([\w$%]+)\s*(?:\+\s*(\d+))?\s*\]", o[1])
-        if match is None or match[1] not in self.parameters or modifiers[1:] not in ([], [f"v{len(targets)}"]):
-            raise PtxError("unknown parameter access")
-        p, offset, size = self.parameters[match[1]], int(match[2] or 0), SIZES[kind]
-        if offset + size * len(targets) > p.size:
-            raise PtxError(f"{p.name} has {p.size} bytes")
-        held = kind if kind not in isa.FLOATS else f"b{8 * size}"
-        return "".join(
-            self.put(d, held, f"parameter<{held}>(t, {p.offset + offset + i * size})", "kSet")
-            for i, d in enumerate(targets)
         )
 
     def st(self, m: list[str], o: tuple[str, ...]) -> str:
