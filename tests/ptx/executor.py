@@ -32,7 +32,7 @@ from tests.ptx.translator import Translator
 
 HERE: Final = Path(__file__).parent
 ORDERS: Final = ("ascending", "descending", "random")
-_FLAGS: Final = ("-std=c++17", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-fwrapv", "-w")
+_FLAGS: Final = ("-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-fwrapv", "-w")
 _FORMATS: Final = {"f32": "<f", "f64": "<d"}
 
 
@@ -190,28 +190,41 @@ def _pack(parameter: Parameter, value: Any) -> bytes:
 # ---- compilers ----
 
 
-def _cache() -> Path:
-    folder = Path(tempfile.gettempdir()) / f"ptx-executor-{os.getuid()}"
-    folder.mkdir(exist_ok=True)
-    return folder
-
-
 def _build(source: str) -> Path:
     """The shared library of a translated kernel; compiled where no earlier run left it."""
     runtime = _runtime()
-    target = _cache() / f"{_digest(source, runtime.name)}.so"
+    target = runtime / f"{_digest(source)}.so"
     if not target.exists():
-        _compile(target, "-O1", "-shared", "-I", str(HERE), "-x", "c++", "-", "-x", "none", str(runtime), source=source)
+        _compile(
+            target,
+            "-shared",
+            "-I",
+            str(runtime),
+            "-x",
+            "c++",
+            "-",
+            "-x",
+            "none",
+            str(runtime / "runtime.o"),
+            source=source,
+        )
     return target
 
 
 @cache
 def _runtime() -> Path:
-    texts = [path.read_text() for path in sorted([*HERE.glob("*.h"), *HERE.glob("*.cpp")])]
-    target = _cache() / f"{_digest(*texts, *_FLAGS)}.o"
-    if not target.exists():
-        _compile(target, "-O2", "-r", "-nostdlib", str(HERE / "memory.cpp"), str(HERE / "scheduler.cpp"))
-    return target
+    """A folder for what belongs to this runtime: its object, its header precompiled (half of a kernel's time), kernels."""
+    sources = sorted([*HERE.glob("*.h"), *HERE.glob("*.cpp")])
+    folder = (
+        Path(tempfile.gettempdir())
+        / f"ptx-executor-{os.getuid()}"
+        / _digest(*(path.read_text() for path in sources), *_FLAGS)
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "runtime.o").exists():
+        _compile(folder / "runtime.h.gch", "-x", "c++-header", str(HERE / "runtime.h"))
+        _compile(folder / "runtime.o", "-O2", "-r", "-nostdlib", str(HERE / "memory.cpp"), str(HERE / "scheduler.cpp"))
+    return folder
 
 
 def _digest(*texts: str) -> str:
@@ -219,7 +232,7 @@ def _digest(*texts: str) -> str:
 
 
 def _compile(target: Path, *flags: str, source: str = "") -> None:
-    unfinished = target.with_suffix(f".{os.getpid()}")
+    unfinished = target.with_name(f"{target.name}.{os.getpid()}")
     command = ["g++", *_FLAGS, *flags, "-o", str(unfinished)]
     done = subprocess.run(command, input=source, capture_output=True, text=True, check=False)
     if done.returncode:
