@@ -13,8 +13,9 @@ struct Stamp {
     u32 thread, time;
 };
 
-// The last writer and two readers since. Of three readers the two kept are of different warps where they can
-// be: then one of them races with a writer of any warp.
+// The last writer and two readers since, where an atomic before the last one counts as a reader. Of three
+// readers the two kept are of different warps where they can be: then one of them races with a writer of any
+// warp.
 struct Shadow {
     Stamp writer, reader, other;
 };
@@ -72,6 +73,7 @@ struct Launch {
 
     Buffer& find(u64 at, u64 bytes, Access access);
     bool ordered(const Thread& t, Stamp stamp) const;
+    void keep(Shadow& shadow, Stamp stamp) const;
     void touch(const Thread& t, Shadow& shadow, Access access, bool same_value, const char* where) const;
     std::vector<u32> order(u32 n);
     void run_block();

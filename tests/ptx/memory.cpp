@@ -31,27 +31,33 @@ bool Launch::ordered(const Thread& t, Stamp stamp) const {
     return stamp.time < (who / 32 == t.index / 32 ? t.seen[who % 32] : t.seen_block);
 }
 
+// A stamp takes one of the two places for readers.
+void Launch::keep(Shadow& shadow, Stamp stamp) const {
+    const u32 before = shadow.reader.thread & ~kAtomicMark, now = stamp.thread & ~kAtomicMark;
+    const bool same_warp = (before - first_thread) / 32 == (now - first_thread) / 32;
+    if (before != now && !(same_warp && shadow.other.thread)) shadow.other = shadow.reader;
+    shadow.reader = stamp;
+}
+
 void Launch::touch(const Thread& t, Shadow& shadow, Access access, bool same_value, const char* where) const {
-    const auto races = [&](Stamp s) { return s.thread && !ordered(t, s); };
-    const auto fault = [&](const char* what, Stamp s) {
-        const u32 who = (s.thread & ~kAtomicMark) - 1, n = threads.size();
+    const bool reading = access == kRead || access == kReadOnlyRead;
+    for (const Stamp* stamp : {&shadow.writer, &shadow.reader, &shadow.other}) {
+        const bool writer = stamp == &shadow.writer, atomic = stamp->thread & kAtomicMark;
+        const bool harmless = atomic ? access == kAtomic : writer ? same_value : reading;
+        if (!stamp->thread || harmless || ordered(t, *stamp)) continue;
+        const u32 who = (stamp->thread & ~kAtomicMark) - 1, n = threads.size();
         throw Fault{std::string("race in ") + where + " memory: " + deed(access) + " of bytes that thread " +
-                    number(who % n) + " of block " + number(who / n) + " " + what +
-                    ", with no barrier between"};
-    };
-    const bool both_atomic = access == kAtomic && (shadow.writer.thread & kAtomicMark);
-    if (races(shadow.writer) && !both_atomic && !same_value) fault("wrote", shadow.writer);
-    const u32 me = first_thread + t.index;
-    if (access == kRead || access == kReadOnlyRead) {
-        const u32 before = shadow.reader.thread;
-        const bool keeps_other = shadow.other.thread && (before - first_thread) / 32 == t.index / 32;
-        if (before != me && !keeps_other) shadow.other = shadow.reader;
-        shadow.reader = {me, time};
-        return;
+                    number(who % n) + " of block " + number(who / n) +
+                    (writer || atomic ? " wrote" : " read") + ", with no barrier between"};
     }
-    for (const Stamp reader : {shadow.reader, shadow.other})
-        if (races(reader)) fault("read", reader);
-    shadow = {{access == kAtomic ? me | kAtomicMark : me, time}, {}, {}};
+    const u32 me = first_thread + t.index;
+    const bool after_atomic = shadow.writer.thread & kAtomicMark;
+    if (reading)
+        keep(shadow, {me, time});
+    else if (access == kAtomic && after_atomic)  // one of several that may come in any order
+        keep(shadow, shadow.writer), shadow.writer = {me | kAtomicMark, time};
+    else
+        shadow = {{access == kAtomic ? me | kAtomicMark : me, time}, {}, {}};
 }
 
 namespace {

@@ -101,7 +101,7 @@ FAULTS: Final[dict[str, tuple[str, dict[str, str], dict[str, str], int, str]]] =
         "race in global memory",
     ),
     "a store beside an atomic": (
-        "setp.eq.u32 %p0, %i, 40; red.global.add.u32 [%g1], 1; @%p0 {store};",
+        "setp.eq.u32 %p0, %i, 63; red.global.add.u32 [%g1], 1; @%p0 {store};",
         {"store": "red.global.add.u32 [%g1], 5"},
         {"store": "st.global.u32 [%g1], 5"},
         64,
@@ -246,6 +246,17 @@ def test_a_fault_names_instruction_and_thread() -> None:
         Fault, match=r"test, line \d+ `@%p0 ld.global.u32 %r0, \[%at0\]`: .*block \(0, 0, 0\), thread \(77, 0, 0\)"
     ):
         launch(COPY.format(compare="le", n="77", offset=""), 96)
+
+
+def test_the_end_is_exact_to_the_byte() -> None:
+    for size in (4, 3):
+        y = np.zeros(size, dtype=np.uint8)
+        kernel = Kernel(entry("st.global.u16 [%g0+2], 7;"), "test")
+        if size == 4:
+            kernel(1, 1, y)
+        else:
+            with pytest.raises(Fault, match="out of bounds: store of 2 bytes at byte 2 of a buffer of 3"):
+                kernel(1, 1, y)
 
 
 def test_undefined_values_may_be_made_but_not_used() -> None:
