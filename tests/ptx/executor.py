@@ -8,6 +8,7 @@ undefined values, loops without end) raises :class:`Fault` with the instruction 
 
 Limits: no device functions, tensor cores, clusters or asynchronous copies; barriers are of the whole block; threads run one
 at a time, so orderings that fences and atomics make between blocks are not tracked and such traffic is reported as a race.
+Threads may store one value to the same shared bytes, as compilers let them. A writable byte costs 24 bytes of bookkeeping.
 """
 
 from __future__ import annotations

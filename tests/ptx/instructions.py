@@ -129,6 +129,12 @@ HINTS: Final = {
     *("ca", "cg", "cs", "wb", "wt", "L1::evict_first", "L1::evict_last", "L1::evict_normal", "L1::evict_unchanged"),
     *("L1::no_allocate", "L2::64B", "L2::128B", "L2::256B", "L2::cache_hint", "L2::evict_first", "L2::evict_last"),
 }
+FENCES: Final = {
+    "gl",
+    "cta",
+    "sys",
+    *(f"{kind}.{scope}" for kind in ("acq_rel", "sc") for scope in ("cta", "gpu", "sys")),
+}
 ORDERINGS: Final = {"relaxed", "acquire", "release", "acq_rel", "cta", "gpu", "sys"}
 COLLECTIVES: Final = {
     **{

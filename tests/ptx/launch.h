@@ -68,6 +68,7 @@ struct Launch {
 
     void add(u64 begin, u64 end, bool readonly) {
         Shadow* shadow = readonly ? nullptr : static_cast<Shadow*>(calloc(end - begin + 1, sizeof(Shadow)));
+        if (!readonly && !shadow) throw std::bad_alloc();
         buffers.push_back({begin, end, readonly, std::unique_ptr<Shadow[], Free>(shadow)});
     }
 

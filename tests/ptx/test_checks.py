@@ -222,6 +222,7 @@ FAULTS: Final[dict[str, tuple[str, dict[str, str], dict[str, str], int, str]]] =
         1,
         "endless loop: more than 1000 jumps back",
     ),
+    "a trap": ("setp.lt.u32 %p0, %i, {most}; @%p0 trap;", {"most": "0"}, {"most": "1"}, 32, "trap"),
     "a division by zero": ("div.u32 %r0, %i, {by};", {"by": "3"}, {"by": "0"}, 1, "integer division by zero"),
 }
 

@@ -32,6 +32,17 @@ def test_copies_of_every_width(vector: str, kind: str) -> None:
     assert torch.equal(x, y)
 
 
+def test_hints_and_fences_change_nothing() -> None:
+    body = """
+        createpolicy.fractional.L2::evict_last.b64 %w0, 1.0;
+        ld.global.L1::evict_last.L2::cache_hint.b32 {%r0}, [%g0 + 4], %w0;
+        membar.gl; fence.acq_rel.gpu;
+        st.global.L1::evict_last.L2::cache_hint.b32 [%g1 + 0], {%r0}, %w0;"""
+    x, y = np.array([1, 2], dtype=np.int32), np.zeros(1, dtype=np.int32)
+    Kernel(entry(body, 2), "test")(1, 1, x, y, readonly=(x,))
+    assert y[0] == 2
+
+
 def test_narrow_loads_are_extended() -> None:
     body = """
         ld.global.s8 %r0, [%g0]; ld.global.u8 %r1, [%g0]; ld.global.s16 %r2, [%g0+2]; ld.global.u16 %r3, [%g0 + 2];

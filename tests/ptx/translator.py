@@ -160,9 +160,9 @@ class Translator:
             c = self.register(o[3].removeprefix("!"))
             unset = f"!{c}.unset && {'!c' if combine[0] == 'and' else 'c'} ? u8(kSet) : u8({unset})"
         results = [x.strip() for x in o[0].split("|")]
-        text += f" const bool yes = {table[compare]};"
+        text += f" const bool yes = {table[compare]}; const u8 unset = {unset};"
         return text + "".join(
-            self.put(d, "pred", f"{x} {sign}", unset) for d, x in zip(results, ("yes", "!yes"), strict=False)
+            self.put(d, "pred", f"{x} {sign}", "unset") for d, x in zip(results, ("yes", "!yes"), strict=False)
         )
 
     def selp(self, m: list[str], o: tuple[str, ...]) -> str:
@@ -195,13 +195,7 @@ class Translator:
 
     def cvta(self, m: list[str], o: tuple[str, ...]) -> str:
         to, space, kind = "to" in m, m[-2], m[-1]
-        if m not in (["to", space, "u64"], [space, "u64"]) or space not in (
-            "global",
-            "const",
-            "param",
-            "shared",
-            "local",
-        ):
+        if m not in (["to", space, "u64"], [space, "u64"]) or space not in isa.SPACES:
             raise PtxError("unknown address conversion")
         window = {"shared": "kSharedWindow", "local": "kLocalWindow"}.get(space, "0")
         change = f"& ~u64({window})" if to else f"| {window}"
@@ -301,27 +295,21 @@ class Translator:
         lanes = [self.value(x, "u32") for x in o[2:-1]]
         if len(lanes) != (2 if name == "shfl" else 0):
             raise PtxError("wrong number of operands")
-        call = (
-            f'require({self.unset(*o[2:])}, "a lane or member mask"); t.wait_warp({{site}}, {isa.COLLECTIVES[opcode]}, '
-        )
-        call += (
-            f"{self.value(o[-1], 'u32')}, {self.value(o[1], source_kind)}, {', '.join([self.unset(o[1]), *lanes])});"
-        )
+        given = [
+            isa.COLLECTIVES[opcode],
+            self.value(o[-1], "u32"),
+            self.value(o[1], source_kind),
+            self.unset(o[1]),
+            *lanes,
+        ]
+        call = f'require({self.unset(*o[2:])}, "a lane or member mask"); t.wait_warp({{site}}, {", ".join(given)});'
         kind = opcode.split(".")[-1]
         answer = self.put(result, kind, "t.result", "t.result_unset")
         return self._wait(call, answer + (self.put(inside, "pred", "t.inside", "kSet") if inside else ""))
 
     def fence(self, m: list[str], o: tuple[str, ...]) -> str:
         """Threads run one at a time and see every store at once, so a fence has nothing to do."""
-        if o or m not in (
-            ["gl"],
-            ["cta"],
-            ["sys"],
-            ["acq_rel", "gpu"],
-            ["acq_rel", "cta"],
-            ["sc", "gpu"],
-            ["sc", "cta"],
-        ):
+        if o or ".".join(m) not in isa.FENCES:
             raise PtxError("unknown fence")
         return ""
 
