@@ -108,7 +108,8 @@ def where_all(condition: tl.tensor, e: tl.tensor, elements: tl.tensor) -> tl.ten
 def offset(e: tl.tensor, channels: tl.tensor, pixels: tl.tensor, LAST: tl.constexpr) -> tl.tensor:
     """Where element ``e`` of a sample lies, contiguous or channels-last."""
     if LAST:
-        return e % pixels * channels + e // pixels
+        channel = (e.to(tl.uint32) // pixels.to(tl.uint32)).to(tl.int32)
+        return (e - channel * pixels) * channels + channel
     else:
         return e
 
@@ -189,7 +190,9 @@ def image(
     """Pixels in [-1, 1]: a byte as ``(2u - 255) / 255``, mirrored left to right where ``flip``."""
     source = e
     if flip is not None:
-        source = tl.where(tl.load(flip + sample) != 0, e + (width - 1 - 2 * (e % width)), e)
+        source = tl.where(
+            tl.load(flip + sample) != 0, e + (width - 1 - 2 * (e.to(tl.uint32) % width.to(tl.uint32)).to(tl.int32)), e
+        )
     x = load(x0 + sample * elements, offset(source, channels, pixels, LAST), valid)
     if x0.dtype.element_ty == tl.uint8:
         x = tl.div_rn(x * 2.0 - 255.0, 255.0)

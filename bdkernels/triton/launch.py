@@ -92,4 +92,4 @@ def last(tensor: Tensor) -> bool:
 
 def stride(tensor: Tensor | None) -> int:
     """Elements from one sample's image to the next, 0 where all share one."""
-    return 0 if tensor is None or len(tensor) == 1 else tensor[0].numel()
+    return 0 if tensor is None or len(tensor) == 1 else tensor.stride(0)

@@ -22,7 +22,22 @@ COLUMNS = tl.constexpr(NOISING_COLUMNS)
 STREAM = tl.constexpr(STREAM_TRAINING)
 
 
-@triton.jit(do_not_specialize=("t", "arm", "seeds", "table", "flip", "arm_inside", "arms", "rows", "tiles"))
+@triton.jit(
+    do_not_specialize=(
+        "t",
+        "arm",
+        "seeds",
+        "table",
+        "flip",
+        "arm_inside",
+        "arms",
+        "rows",
+        "channels",
+        "pixels",
+        "width",
+        "tiles",
+    )
+)
 def noising_kernel(
     out: tl.tensor,
     x0: tl.tensor,

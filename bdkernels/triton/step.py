@@ -70,7 +70,20 @@ def stored(
 
 
 @triton.jit(
-    do_not_specialize=("table", "arm", "step", "seeds", "arm_inside", "bad_row", "arms", "rows", "step_stride", "tiles")
+    do_not_specialize=(
+        "table",
+        "arm",
+        "step",
+        "seeds",
+        "arm_inside",
+        "bad_row",
+        "arms",
+        "rows",
+        "channels",
+        "pixels",
+        "step_stride",
+        "tiles",
+    )
 )
 def step_kernel(
     x: tl.tensor,
@@ -97,6 +110,7 @@ def step_kernel(
     tiles: tl.tensor,
     SLOTS: tl.constexpr,
     STORES: tl.constexpr,
+    IN_PLACE: tl.constexpr,
     X_LAST: tl.constexpr,
     M_LAST: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -133,6 +147,9 @@ def step_kernel(
     if trigger is not None:
         x_next = x_next + column(row, R) * r
     x_next = clamp(x_next, column(row, LOW), column(row, HIGH))
+    if IN_PLACE:
+        # Where a size is odd a thread stores other elements than it loaded: all loads come first.
+        tl.debug_barrier()
     tl.store(out + first + x_at, x_next.to(out.dtype.element_ty), mask=valid)
 
     for k in tl.static_range(STORES):
@@ -190,6 +207,7 @@ def _step(
             pixels=height * width,
             SLOTS=0 if history is None else min(len(history), HISTORY_SLOTS),
             STORES=STORES if stores and history is not None else 0,
+            IN_PLACE=out is x,
             X_LAST=last(x),
             M_LAST=last(model_output),
         )
