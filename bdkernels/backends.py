@@ -103,11 +103,11 @@ def name_for(device: torch.device, dtype: torch.dtype) -> str:
             return _forced
     names = _preferred(device)
     for name in names:
-        if not missing(name):
+        if not missing(name) and serves(name) == device.type:
             return name
     if names and device.type not in _warned:
         _warned.add(device.type)
-        reasons = "; ".join(missing(name) for name in names)
+        reasons = "; ".join(filter(None, map(missing, names)))
         warnings.warn(f"{reasons}; running the plain torch reference", RuntimeWarning, stacklevel=4)
     return "reference"
 
