@@ -10,7 +10,8 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
@@ -27,6 +28,8 @@ from bdkernels import triton as kernels
 ARCHITECTURES: Final = (75, 80, 86, 89, 90, 100, 120)
 SHAPE: Final = (2, 3, 32, 32)
 
+_numbers = count(1000)
+
 Resources = dict[str, int | dict[str, int]]
 
 
@@ -34,7 +37,7 @@ class Target(DriverBase):
     """A Triton driver for ``arch`` that keeps what was compiled and launches nothing."""
 
     def __init__(self, arch: int) -> None:
-        self.arch = arch
+        self.arch, self.number = arch, next(_numbers)
         self.compiled: dict[str, tuple[bytes, int]] = {}
         self.utils = SimpleNamespace(
             get_device_properties=lambda _: {"max_shared_mem": 2**20},
@@ -53,8 +56,8 @@ class Target(DriverBase):
         return GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self) -> int:
-        """Its own cache of kernels for each architecture."""
-        return self.arch
+        """A number that no other has: Triton keeps the kernels of each device, and would not compile them again."""
+        return self.number
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -109,11 +112,11 @@ def measure(cubin: bytes, shared: int) -> Resources:
     }
 
 
-def cases() -> Iterator[tuple[str, str, testing.Case]]:
+def cases(ops: Sequence[str], dtypes: Sequence[torch.dtype]) -> Iterator[tuple[str, str, testing.Case]]:
     """Name, op and arguments: each op and dtype, bare, with every option, and channels-last with every option."""
     generator = torch.Generator().manual_seed(0)
-    for op in testing.OPS:
-        for dtype in testing.DTYPES:
+    for op in ops:
+        for dtype in dtypes:
             for options in ("bare", "full", "full-last") if op != "normal" else ("bare",):
                 case = testing.random_case(op, generator, SHAPE, dtype, full=options != "bare")
                 if options == "full":
@@ -123,14 +126,22 @@ def cases() -> Iterator[tuple[str, str, testing.Case]]:
                 yield f"{op}/{str(dtype).removeprefix('torch.')}/{options}", op, case
 
 
-def resources(architectures: tuple[int, ...] = ARCHITECTURES) -> dict[str, dict[str, Resources]]:
+def resources(
+    architectures: Sequence[int] = ARCHITECTURES,
+    ops: Sequence[str] = testing.OPS,
+    dtypes: Sequence[torch.dtype] = testing.DTYPES,
+) -> dict[str, dict[str, Resources]]:
     """``{kernel: {architecture: resources}}`` of every case, the names of architectures being ``sm_80`` and so on."""
     found: dict[str, dict[str, Resources]] = {}
-    for arch in architectures:
-        for name, op, case in cases():
-            target = Target(arch)
-            triton.runtime.driver.set_active(target)
-            getattr(kernels, op)(**case)
-            for kernel, (cubin, shared) in target.compiled.items():
-                found.setdefault(f"{name}/{kernel}", {})[f"sm_{arch}"] = measure(cubin, shared)
+    before = triton.runtime.driver._active
+    try:
+        for arch in architectures:
+            for name, op, case in cases(ops, dtypes):
+                target = Target(arch)
+                triton.runtime.driver.set_active(target)
+                getattr(kernels, op)(**case)
+                for kernel, (cubin, shared) in target.compiled.items():
+                    found.setdefault(f"{name}/{kernel}", {})[f"sm_{arch}"] = measure(cubin, shared)
+    finally:
+        triton.runtime.driver.set_active(before)
     return found
