@@ -7,13 +7,17 @@ sample becomes NaN. Triton itself is imported here and nowhere above, so the fir
 from __future__ import annotations
 
 try:
+    import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
+        raise ImportError(f"version {triton.__version__} is older than 3.9")
     from .launch import device_type
     from .loss import fused_loss
     from .noising import fused_noising
     from .normal import normal
     from .step import fused_step, fused_step_
 except ImportError as error:
-    _missing = f"triton does not import ({error}): run `pip install bdengine[gpu]`"
+    _missing = f"triton cannot be used ({error}): run `pip install bdengine[gpu]`"
 else:
     _missing = ""
 
