@@ -1,6 +1,7 @@
-"""Which implementation runs an op: the compiled kernels where they serve, the torch reference everywhere else.
+"""Which implementation runs an op: compiled kernels where they serve, the torch reference everywhere else.
 
-``BDK_BACKEND`` in the environment or `use_backend` forces one for the whole process or a block of code.
+CPU tensors run in C++. CUDA tensors run in Triton, or in CUDA C++ on devices whose committed results have it ahead.
+``BDK_BACKEND`` in the environment or `use_backend` forces one backend for the whole process or a block of code.
 """
 
 from __future__ import annotations
@@ -9,14 +10,20 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, Final
 
 import torch
 
 from . import native, reference
 
-BACKENDS: Final = ("cpu", "reference")
+BACKENDS: Final = ("cpu", "reference", "triton", "cuda")
 """Every backend's name, as ``BDK_BACKEND`` and `use_backend` take it."""
+
+_FASTER_IN_CUDA: Final[frozenset[str]] = frozenset()
+"""Devices, by torch's name, for which ``benchmarks/results`` has CUDA C++ ahead of Triton: none is committed yet."""
 
 _warned: set[str] = set()
 
@@ -30,9 +37,37 @@ def _valid(name: str | None, source: str) -> str | None:
 _forced: str | None = _valid(os.environ.get("BDK_BACKEND") or None, "BDK_BACKEND")
 
 
+@cache
+def _gpu_module(name: str) -> Any:
+    """``bdkernels.triton`` or ``bdkernels.cuda``, imported on first use; None where this build has no such module."""
+    path = f"{__package__}.{name}"
+    return import_module(path) if find_spec(path) else None
+
+
+def _module(name: str) -> Any:
+    return {"cpu": native, "reference": reference}.get(name) or _gpu_module(name)
+
+
+def missing(name: str) -> str:
+    """Why a backend is not present and what to install, in one sentence; empty where it is present."""
+    module = _module(name)
+    if module is None:
+        return f"bdkernels.{name} is not part of this build: install one that has it"
+    return "" if module is reference or module.available() else str(module.reason())
+
+
+def serves(name: str) -> str:
+    """Type of the devices whose tensors a compiled backend takes: ``cpu`` or ``cuda``."""
+    if name == "triton":
+        return str(_module(name).serves())
+    return "cuda" if name == "cuda" else "cpu"
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Run every op inside the block on the backend ``name``.
+
+    Tensors that it does not take (float64, or of another type of device) run as if nothing were forced.
 
     Raises:
         ValueError: ``name`` is not one of `BACKENDS`.
@@ -40,8 +75,8 @@ def use_backend(name: str) -> Iterator[None]:
     """
     global _forced
     _valid(name, "the backend")
-    if name == "cpu" and not native.available():
-        raise RuntimeError(native.reason())
+    if reason := missing(name):
+        raise RuntimeError(reason)
     before, _forced = _forced, name
     try:
         yield
@@ -49,15 +84,34 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
+@cache
+def _preferred(device: torch.device) -> tuple[str, ...]:
+    """Compiled backends for tensors on ``device``, the fastest first."""
+    if device.type == "cuda":
+        return ("cuda", "triton") if torch.cuda.get_device_name(device) in _FASTER_IN_CUDA else ("triton", "cuda")
+    return ("cpu",) if device.type == "cpu" else ()
+
+
+def name_for(device: torch.device, dtype: torch.dtype) -> str:
+    """Name of the backend that runs an op on ``device``; float64 is the reference's alone."""
+    if dtype == torch.float64 or _forced == "reference":
+        return "reference"
+    if _forced is not None:
+        if reason := missing(_forced):
+            raise RuntimeError(reason)
+        if serves(_forced) == device.type:
+            return _forced
+    names = _preferred(device)
+    for name in names:
+        if not missing(name) and serves(name) == device.type:
+            return name
+    if names and device.type not in _warned:
+        _warned.add(device.type)
+        reasons = "; ".join(filter(None, map(missing, names)))
+        warnings.warn(f"{reasons}; running the plain torch reference", RuntimeWarning, stacklevel=4)
+    return "reference"
+
+
 def backend_for(device: torch.device, dtype: torch.dtype) -> Any:
-    """The module that implements the ops on ``device``; float64 is the reference's alone."""
-    if device.type != "cpu" or dtype == torch.float64 or _forced == "reference":
-        return reference
-    if native.available():
-        return native
-    if _forced == "cpu":
-        raise RuntimeError(native.reason())
-    if "cpu" not in _warned:
-        _warned.add("cpu")
-        warnings.warn(f"{native.reason()}; running the plain torch reference", RuntimeWarning, stacklevel=3)
-    return reference
+    """The module that implements the ops on ``device``."""
+    return _module(name_for(device, dtype))

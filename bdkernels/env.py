@@ -62,7 +62,8 @@ def found() -> dict[str, str | int]:
         "nvcc": _nvcc,
         "cuda": _cuda,
         "native": _native,
-        "cpu tensors run on": _runs,
+        "cpu tensors run on": partial(_runs, "cpu"),
+        "cuda tensors run on": partial(_runs, "cuda"),
     }
     return {name: _guarded(probe) for name, probe in probes.items()}
 
@@ -154,16 +155,17 @@ def _native() -> str:
     return native.isa() if native.available() else f"missing: {native.reason()}"
 
 
-def _runs() -> str:
-    """Name of the backend that float32 CPU tensors will run on."""
+def _runs(device: str) -> str:
+    """Name of the backend that float32 tensors on ``device`` will run on, or why there are none."""
     import torch
 
     from bdkernels import backends
 
+    if device == "cuda" and not torch.cuda.is_available():
+        return "no device"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        module = backends.backend_for(torch.device("cpu"), torch.float32)
-    return "reference" if module is backends.reference else "cpu"
+        return backends.name_for(torch.device(device), torch.float32)
 
 
 def self_check() -> Iterator[Check]:
@@ -175,22 +177,12 @@ def self_check() -> Iterator[Check]:
         return
     yield Check("reference", "normal", "float32", _failure(_check_contract))
     for backend in backends.BACKENDS:
-        if backend == "reference" or not _present(backend):
+        if backend == "reference" or backends.missing(backend):
             continue
         for op in testing.OPS:
             for dtype in testing.DTYPES:
                 failure = _failure(partial(_check_op, backend, op, dtype))
                 yield Check(backend, op, str(dtype).removeprefix("torch."), failure)
-
-
-def _present(backend: str) -> bool:
-    from bdkernels import backends
-
-    try:
-        with backends.use_backend(backend):
-            return True
-    except RuntimeError:
-        return False
 
 
 def _failure(check: Callable[[], None]) -> str:
@@ -226,7 +218,7 @@ def _check_op(backend: str, op: str, dtype: torch.dtype) -> None:
             if "model_output" in case:
                 case["model_output"][shape[0] // 2, 0, 0, 0] = torch.nan
             with backends.use_backend(backend):
-                testing.assert_matches_reference(op, case)
+                testing.assert_matches_reference(op, case, backends.serves(backend))
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m bdkernels.env") -> int:

@@ -217,7 +217,10 @@ def fused_step_(
 
 def _pixels(x0: Tensor, flip: Tensor | None, compute: torch.dtype) -> Tensor:
     """Images in [-1, 1]: uint8 as ``(2u - 255) / 255``, mirrored left to right where ``flip``."""
-    x = (x0.to(compute) * 2 - 255) / 255 if x0.dtype == torch.uint8 else x0.to(compute)
+    x = x0.to(compute)
+    if x0.dtype == torch.uint8:
+        # By a tensor: torch on a GPU multiplies by the rounded reciprocal of a number.
+        x = (x * 2 - 255) / torch.full((), 255.0, dtype=compute, device=x.device)
     return x if flip is None else torch.where(flip.reshape(-1, 1, 1, 1), x.flip(-1), x)
 
 

@@ -75,16 +75,18 @@ def poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def assert_matches_reference(op: str, case: Case) -> None:
+def assert_matches_reference(op: str, case: Case, device: str = "cpu") -> None:
     """Runs ``op`` on the backend in force and on the reference: the same bits, a loss at most twice as wrong.
 
-    ``case`` is left as it was; in-place forms work on copies, with every tensor that they write compared.
+    The op runs on ``device``, the reference on the CPU, where ``case`` is and is left as it was; in-place forms work on
+    copies, with every tensor that they write compared.
 
     Raises:
         AssertionError: The backend is wrong, with the first difference.
     """
     with poisoned_memory():
-        got = _outputs(op, torch.ops.bdk, case)
+        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in case.items()}
+        got = {name: value.cpu() for name, value in _outputs(op, torch.ops.bdk, moved).items()}
     expected = _outputs(op, reference, case)
     for name, value in got.items():
         if name != "loss":

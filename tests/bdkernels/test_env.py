@@ -14,16 +14,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from bdkernels import env, native, reference, testing
+from bdkernels import backends, env, native, reference, testing
 
 needs_native = pytest.mark.skipif(not native.available(), reason=native.reason() or "present")
 
 
 def test_says_what_was_found_and_what_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert env.main([]) == 0
-    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.replace("cpu tensors", "runs").splitlines())
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.replace(" tensors run on", "").splitlines())
     assert lines["torch"] == torch.__version__
-    assert lines["runs"].endswith("cpu" if native.available() else "reference")
+    assert lines["cpu"].endswith("cpu" if native.available() else "reference")
+    assert (lines["cuda"] == "no device") is not torch.cuda.is_available()
     assert lines["native"] == (native.isa() if native.available() else f"missing: {native.reason()}")
 
 
@@ -31,8 +32,9 @@ def test_self_check_is_green(capsys: pytest.CaptureFixture[str]) -> None:
     assert env.main(["--selfcheck", "--json"]) == 0
     checks = json.loads(capsys.readouterr().out)["selfcheck"]
     expected = [("reference", "normal", "float32")]
-    if native.available():
-        expected += [("cpu", op, str(d).removeprefix("torch.")) for op in testing.OPS for d in testing.DTYPES]
+    for name in ("cpu", "triton", "cuda"):
+        if not backends.missing(name):
+            expected += [(name, op, str(d).removeprefix("torch.")) for op in testing.OPS for d in testing.DTYPES]
     assert [(c["backend"], c["op"], c["dtype"]) for c in checks] == expected
     assert not any(c["error"] for c in checks)
 
