@@ -98,13 +98,20 @@ class Network(nn.Module):
         unet: A diffusers UNet, or any module called as ``module(x, t)`` that returns a tensor or has it as ``.sample``.
             One with convolutions is made channels-last, in place.
         sample_shape: (C, S, S) of one image; read off the configuration of a diffusers UNet.
+        autocast: bfloat16 or float16, in which it runs where torch deems that safe; its weights stay as they are.
 
     Raises:
         UserError: No ``sample_shape``, and no configuration that says it.
     """
 
-    def __init__(self, unet: nn.Module, sample_shape: tuple[int, int, int] | None = None) -> None:
+    def __init__(
+        self,
+        unet: nn.Module,
+        sample_shape: tuple[int, int, int] | None = None,
+        autocast: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        self.autocast = autocast
         convolves = any(parameter.dim() == 4 for parameter in unet.parameters())
         self.memory_format = torch.channels_last if convolves else torch.preserve_format
         self.unet = unet.to(memory_format=self.memory_format) if convolves else unet  # type: ignore[call-overload]
@@ -120,7 +127,12 @@ class Network(nn.Module):
         Returns:
             What the network makes of it, [N,C,S,S] for all that predict noise, image or velocity.
         """
-        out = self.unet(x.to(memory_format=self.memory_format), t.expand(len(x)))
+        x, t = x.to(memory_format=self.memory_format), t.expand(len(x))
+        if self.autocast is None:
+            out = self.unet(x, t)
+        else:
+            with torch.autocast(x.device.type, self.autocast):
+                out = self.unet(x, t)
         return out if isinstance(out, Tensor) else out.sample
 
     def named_parameters(

@@ -24,6 +24,7 @@ import bdkernels
 from bdkernels import NO_BAD_ROW, STREAM_STEP, Step
 
 from .arms import Arm, Arms
+from .capture import Loop
 from .errors import UserError
 from .networks import Network, micro_batch_is_exact
 
@@ -39,12 +40,21 @@ class Sampler:
         arms: Arms by name, all with the same number of network evaluations.
         micro_batch: Samples that go through the network at once; the last batch is padded to it.
         exact: Require that a sample's bits do not depend on its neighbours, by a self-check of the network.
+        capture: Replay each step as a CUDA graph: see `bdengine.capture`.
 
     Raises:
-        UserError: No arms, arms that do not fit the images or each other, or a network that fails the self-check.
+        UserError: No arms, arms that do not fit the images or each other, a network that fails the self-check, or capture
+            without a GPU or with rows that are not linear.
     """
 
-    def __init__(self, network: Network, arms: Mapping[str, Arm], micro_batch: int = 64, exact: bool = False) -> None:
+    def __init__(
+        self,
+        network: Network,
+        arms: Mapping[str, Arm],
+        micro_batch: int = 64,
+        exact: bool = False,
+        capture: bool = False,
+    ) -> None:
         if micro_batch < 1:
             raise UserError(f"the micro-batch is {micro_batch}: expected at least 1")
         if exact and not micro_batch_is_exact(network, micro_batch):
@@ -56,6 +66,13 @@ class Sampler:
         self.network, self.shape, self.micro_batch = network, network.sample_shape, micro_batch
         self.arms = Arms(arms, network.sample_shape, device)
         self.rows = torch.arange(self.arms.table.shape[1], device=device)
+        if capture and device.type != "cuda":
+            raise UserError(f"capture was asked for on the device {device.type}: expected a CUDA device")
+        if capture and self.arms.nonlinear:
+            raise UserError(
+                "capture was asked for with a corrector, a learned variance or a dynamic threshold: expected none"
+            )
+        self.loop = Loop(network, self.arms, micro_batch, capture=True) if capture else None
 
     @torch.inference_mode()
     def batch(self, arm: Tensor, seeds: Tensor, watch: Callable[[int, Tensor], None] | None = None) -> Tensor:
@@ -64,7 +81,7 @@ class Sampler:
         Args:
             arm: int64 [N], index of each sample's arm.
             seeds: int64 [N].
-            watch: Called with (row, x) before each row and once after the last; must not change ``x``.
+            watch: Called with (row, x) before each row and once after the last; must not change ``x``. Not where captured.
 
         Returns:
             float32 [N, C, H, W].
@@ -74,6 +91,10 @@ class Sampler:
             UserError: The network returns no variance where the sampler has it learned.
         """
         arms = self.arms
+        if self.loop is not None and watch is None:
+            x, bad_row = self.loop(arm, seeds)
+            self._check_bad(bad_row)
+            return x.clone()
         trigger = arms.trigger[arm]
         x = (arms.gamma[arm] * bdkernels.normal(seeds, self.shape) + trigger) * arms.start[arm]
         history = x.new_zeros((arms.slots, *x.shape)) if arms.slots else None
@@ -92,9 +113,13 @@ class Sampler:
             step(m, row)
         if watch:
             watch(len(self.rows), x)
-        if (bad := int(bad_row)) != NO_BAD_ROW:
-            raise FloatingPointError(f"the network's output is not finite at row {bad} (t = {time[bad, 0]:g})")
+        self._check_bad(bad_row)
         return x
+
+    def _check_bad(self, bad_row: Tensor) -> None:
+        if (bad := int(bad_row)) != NO_BAD_ROW:
+            time = float(self.arms.table[0, bad, Step.TIME])
+            raise FloatingPointError(f"the network's output is not finite at row {bad} (t = {time:g})")
 
     def _nonlinear(
         self, m: Tensor, x: Tensor, arm: Tensor, row: int, seeds: Tensor, trigger: Tensor, history: Tensor | None

@@ -1,0 +1,102 @@
+"""The sampling loop on a GPU as one CUDA graph a step, replayed for every row: no launch and nothing read back by the host.
+
+    once a batch    x := start (gamma eps(seed) + r),  row := 0
+    each row        m = network(scale[row] x, time[row]);  x = fused_step(x, m) of row;  row := row + 1
+
+The row is a number in device memory that the step itself advances, so one graph of one step serves all of them. Everything
+else that a batch brings (seeds, arms, tables, triggers) is written into the same buffers before the first replay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import bdkernels
+from bdkernels import NO_BAD_ROW, Step
+
+from .arms import Arms
+from .networks import Network
+
+WARM_UP = 3
+"""Steps before the capture: kernels are compiled and libraries choose their algorithms in the first."""
+
+
+class Loop:
+    """The loop of batches of one size, in buffers of its own.
+
+    Args:
+        network: See `bdengine.networks.Network`.
+        arms: Without nonlinear rows.
+        count: Samples in a batch.
+        capture: Replay a CUDA graph; else run the same steps one after the other.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, network: Network, arms: Arms, count: int, capture: bool) -> None:
+        device, shape = arms.table.device, network.sample_shape
+        self.network, self.arms, self.shape = network, arms, shape
+        self.arm, self.seeds = (torch.zeros(count, dtype=torch.int64, device=device) for _ in range(2))
+        self.x, self.trigger = (torch.zeros(count, *shape, device=device) for _ in range(2))
+        self.row = torch.zeros(1, dtype=torch.int64, device=device)
+        self.bad_row = torch.full((), NO_BAD_ROW, dtype=torch.int64, device=device)
+        self.scale, self.time = (torch.zeros(arms.table.shape[1], count, device=device) for _ in range(2))
+        history = self.x.new_zeros((arms.slots, *self.x.shape)) if arms.slots else None
+        self.inside = arms.inside(self.arm)
+        self.bound = bdkernels.bind_step(
+            self.x, arms.table, self.arm, self.row, self.seeds, trigger=self.trigger if arms.with_trigger else None,
+            history=history, bad_row=self.bad_row, **self.inside,
+        )  # fmt: skip
+        self.advance: Callable[[], None] = self._captured() if capture else self._advance
+
+    def _advance(self) -> None:
+        scaled = self.x
+        if self.arms.with_scale:
+            scaled = self.x * self.scale.index_select(0, self.row).reshape(-1, 1, 1, 1)
+        m = self.network(scaled, self.time.index_select(0, self.row)[0])
+        if m.shape[1] != self.x.shape[1]:
+            m = m[:, : self.x.shape[1]].contiguous()
+        self.bound(m, 0)
+        self.row.add_(1)
+
+    def _captured(self) -> Callable[[], None]:
+        """A graph of one step, captured after `WARM_UP` on a stream of their own, as `torch.cuda.graphs` asks for."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                self.row.zero_()
+                self._advance()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self._advance()
+        return self.graph.replay
+
+    @torch.inference_mode()
+    def __call__(self, arm: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
+        """One batch.
+
+        Args:
+            arm: int64 [count].
+            seeds: int64 [count].
+
+        Returns:
+            ``x``, float32 [count, C, H, W], overwritten by the next batch; and the first bad row, int64 0-d.
+        """
+        arms = self.arms
+        self.arm.copy_(arm)
+        self.seeds.copy_(seeds)
+        self.trigger.copy_(arms.trigger[arm])
+        for name, value in arms.inside(arm).items():
+            self.inside[name].copy_(value)
+        for buffer, column in ((self.scale, Step.IN), (self.time, Step.TIME)):
+            buffer.copy_(arms.table[arm, :, column].T)
+        self.x.copy_((arms.gamma[arm] * bdkernels.normal(seeds, self.shape) + self.trigger) * arms.start[arm])
+        self.row.zero_()
+        self.bad_row.fill_(NO_BAD_ROW)
+        for _ in range(arms.table.shape[1]):
+            self.advance()
+        return self.x, self.bad_row

@@ -1,0 +1,122 @@
+"""The loop that a GPU captures, run step by step on a CPU; captured where there is a GPU. And: the loop reads nothing back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import bdkernels
+from bdengine.capture import Loop
+from bdengine.errors import UserError
+from bdengine.networks import Network
+from bdengine.sampler import Arm, Sampler
+from bdengine.schedule import linear
+from bdengine.solvers import Nodes, ddim, ddpm, dpm_multistep, unipc
+
+from .networks_for_tests import elementwise, tiny_unet
+
+NODES = Nodes.of(linear(), 6)
+PATCH = torch.arange(64).reshape(1, 8, 8) % 3 == 0
+TRIGGER = torch.linspace(-1, 1, 64).reshape(1, 8, 8)
+ARMS = {
+    "clean": Arm(ddpm(NODES)),
+    "triggered": Arm(dpm_multistep(NODES, 2).clipped("x0"), TRIGGER),
+    "clipped": Arm(unipc(NODES, 3).clipped("latent"), TRIGGER),
+    "patch": Arm(ddim(NODES), TRIGGER, ddim(NODES, 0.5), PATCH),
+}
+
+
+class NoHostRead(TorchDispatchMode):
+    """Raises where the host would wait for a device: a value read, a shape that depends on values, a copy to the CPU."""
+
+    READS = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.split(".")[0]
+        if any(name.startswith(read) for read in self.READS):
+            raise AssertionError(f"{func} reads from the device")
+        if name in ("_to_copy", "copy_") and "cpu" in str((kwargs or {}).get("device", "")):
+            raise AssertionError(f"{func} copies to the host")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_the_captured_loop_is_the_loop(backend: str) -> None:
+    with bdkernels.use_backend(backend):
+        sampler = Sampler(elementwise(), ARMS, 8)
+        loop = Loop(elementwise(), sampler.arms, 8, capture=False)
+        for first in (0, 40):  # the buffers are used again
+            arm = torch.arange(8) % len(ARMS)
+            seeds = torch.arange(first, first + 8)
+            x, bad_row = loop(arm.flip(0), seeds)
+            assert torch.equal(x, sampler.batch(arm.flip(0), seeds))
+            assert bad_row == bdkernels.NO_BAD_ROW
+
+
+def test_new_tables_and_triggers_are_written_into_the_same_buffers() -> None:
+    sampler, other = (
+        Sampler(elementwise(), {"": ARMS["triggered"]}, 4),
+        Sampler(elementwise(), {"": ARMS["clipped"]}, 4),
+    )
+    loop = Loop(elementwise(), sampler.arms, 4, capture=False)
+    arm, seeds = torch.zeros(4, dtype=torch.int64), torch.arange(4)
+    loop(arm, seeds)
+    table = dpm_multistep(NODES, 2)
+    sampler.arms.table.copy_(Sampler(elementwise(), {"": Arm(table)}, 4).arms.table)
+    sampler.arms.trigger.mul_(0.5)
+    again, _ = loop(arm, seeds)
+    assert torch.equal(again, Sampler(elementwise(), {"": Arm(table, 0.5 * TRIGGER)}, 4).batch(arm, seeds))
+    assert not torch.equal(again, other.batch(arm, seeds))
+
+
+@pytest.mark.parametrize("network", [elementwise(), tiny_unet()], ids=["elementwise", "unet"])
+def test_from_the_first_step_to_the_last_nothing_is_read_back(network: Network) -> None:
+    """In the loop's own ops and the network's; a compiled step takes addresses and returns nothing."""
+    mode, rows = NoHostRead(), []
+
+    def watch(row: int, _: Tensor) -> None:
+        rows.append(row)
+        if row == 0:
+            mode.__enter__()
+        if row == len(NODES):
+            mode.__exit__(None, None, None)
+
+    sampler = Sampler(network, ARMS, 8)
+    sampler.batch(torch.arange(8) % len(ARMS), torch.arange(8), watch)
+    assert rows == list(range(len(NODES) + 1))
+    loop = Loop(network, sampler.arms, 8, capture=False)
+    with NoHostRead():
+        loop(torch.arange(8) % len(ARMS), torch.arange(8))
+    with pytest.raises(AssertionError, match="reads from the device"), NoHostRead():
+        float(torch.ones(()) * 2)
+
+
+def test_capture_without_a_gpu_is_refused() -> None:
+    with pytest.raises(UserError, match="capture was asked for on the device cpu: expected a CUDA device"):
+        Sampler(elementwise(), ARMS, 8, capture=True)
+
+
+def test_an_autocast_network_runs_with_a_float32_state() -> None:
+    plain = tiny_unet()
+    half = Network(plain.unet, autocast=torch.bfloat16)
+    seeds = list(range(4))
+    x, y = (Sampler(n, {"": Arm(ddim(NODES))}, 4)(seeds)[""] for n in (plain, half))
+    assert half(torch.zeros(1, 1, 8, 8), torch.zeros(1)).dtype == torch.bfloat16
+    assert y.dtype == torch.float32
+    assert 0 < (x - y).abs().max() < 0.1 * x.abs().max()
+
+
+@pytest.mark.gpu
+def test_capture_and_replay_equal_eager() -> None:
+    device = torch.device("cuda")
+    for network in (elementwise(), tiny_unet()):
+        network = network.to(device)
+        eager, captured = Sampler(network, ARMS, 16), Sampler(network, ARMS, 16, capture=True)
+        for first in (0, 100):
+            seeds = list(range(first, first + 20))
+            a, b = eager(seeds), captured(seeds)
+            assert all(torch.equal(a[name], b[name]) for name in ARMS)
