@@ -93,16 +93,16 @@ struct Bindings {
     }
 
     static void fused_loss(const Shape& shape, const Tensor& prediction, const Tensor& x0,
-                           const Tensor& gradient, Address losses, Address t, Address arm, Address arm_inside,
-                           Address seeds, Address rows, const TableShape& rows_shape, const Image& trigger,
-                           const Image& mask, const Image& region, Address flip, float scale,
-                           const Place& place) {
+                           const Tensor& gradient, Address losses, Address parts, Address t, Address arm,
+                           Address arm_inside, Address seeds, Address rows, const TableShape& rows_shape,
+                           const Image& trigger, const Image& mask, const Image& region, Address flip,
+                           float scale, const Place& place) {
         Backend::fused_loss(
             shape,
             {view(shape, x0), view(shape, prediction), view(shape, gradient), image(shape, trigger),
              image(shape, mask), image(shape, region, Type::byte), table(rows, rows_shape), integers(t),
              integers(arm), integers(arm_inside), integers(seeds), pointer<const bool>(flip), scale},
-            pointer<float>(losses), place);
+            pointer<float>(losses), pointer<double>(parts), place);
     }
 
     static void define(pybind11::module_& m) {

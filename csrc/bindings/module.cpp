@@ -25,8 +25,9 @@ struct Cpu {
     static void fused_noising(const Shape& shape, const NoisingCall& call, int threads) {
         bdk::fused_noising(extent(shape, threads), call);
     }
-    static void fused_loss(const Shape& shape, const LossCall& call, float* losses, int threads) {
-        bdk::fused_loss(extent(shape, threads), call, losses);
+    static void fused_loss(const Shape& shape, const LossCall& call, float* losses, double* parts,
+                           int threads) {
+        bdk::fused_loss(extent(shape, threads), call, losses, parts);
     }
 };
 
@@ -56,6 +57,7 @@ py::dict columns() {
 
 PYBIND11_MODULE(_native, m) {
     Bindings<Cpu>::define(m);
+    m.attr("LOSS_PART") = kLossPart;
     m.def("philox", philox_words);
     m.def("columns", columns);
     m.def("isa", isa);
