@@ -40,7 +40,7 @@ inline int64_t quotient_up(int64_t n, int64_t divisor) { return (n + divisor - 1
 template <class... A>
 void launch(void (*kernel)(A...), dim3 grid, Stream stream, A... arguments) {
     void* addresses[] = {&arguments...};
-    check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(kThreads), addresses, 0,
+    check(cudaLaunchKernel(kernel, grid, dim3(kThreads), addresses, 0,
                            static_cast<cudaStream_t>(stream.handle)));
 }
 
