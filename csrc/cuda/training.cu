@@ -23,11 +23,15 @@ __device__ void load_images(const Call& call, const Size& size, At at, float (&x
     for (int i = 0; i < kWidth; ++i) poisoned[i] = mask[i] * x[i] + poisoned[i];
 }
 
-// Both rows always: without a region they are the same. Five columns cost less than twice as many kernels.
+// Both rows always: five columns cost less than twice as many kernels. Without a region they are the same.
 template <class Call>
 __device__ SampleRows<NOISING_COLUMNS, true, false> rows_of(const Call& call, int64_t sample) {
-    const int64_t* inside = call.arm_inside != nullptr ? call.arm_inside : call.arm;
-    return {call.table, call.arm, inside, sample, __ldg(call.t + sample)};
+    return {call.table, call.arm, call.arm_inside, sample, __ldg(call.t + sample)};
+}
+template <class Call>
+Call with_both_arms(Call call) {
+    if (call.arm_inside == nullptr) call.arm_inside = call.arm;
+    return call;
 }
 
 template <class X0, class Out>
@@ -154,7 +158,7 @@ void fused_noising(const Shape& shape, const NoisingCall& call, Stream stream) {
         flips_whole(shape, call.flip, width) &&
         whole(size, width, {&call.x0, &call.out, &call.target, &call.trigger, &call.mask, &call.region});
     const auto kernel = vectors ? noising_kernel_for(call.x0.type, call.out.type) : noising_kernel<Any, Any>;
-    launch(kernel, grid_of(size, vectors ? width : 4), stream, call, size);
+    launch(kernel, grid_of(size, vectors ? width : 4), stream, with_both_arms(call), size);
 }
 
 void fused_loss(const Shape& shape, const LossCall& call, float* losses, double* parts, Stream stream) {
@@ -171,7 +175,7 @@ void fused_loss(const Shape& shape, const LossCall& call, float* losses, double*
         const auto kernel =
             vectors ? loss_kernel_for(call.prediction.type, call.x0.type) : loss_kernel<Any, Any>;
         grid = grid_of(size, vectors ? width : 4);
-        launch(kernel, grid, stream, call, size, parts);
+        launch(kernel, grid, stream, with_both_arms(call), size, parts);
     }
     const dim3 totals(unsigned(quotient_up(size.samples, kThreads / kWarp)));
     launch(loss_total_kernel, totals, stream, static_cast<const double*>(parts), size.samples,
