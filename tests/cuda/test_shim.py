@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from bdkernels import native, noise, reference, testing
-from bdkernels.columns import STEP_COLUMNS, Step
+from bdkernels.columns import STEP_COLUMNS, STORE_COLUMNS, STORES, Step, Store
 from bdkernels.compiled import CompiledOps
 
-SHAPES = [(2, 3, 8, 8), (3, 2, 5, 7), (2, 1, 16, 48), (1, 1, 1, 1), (1, 3, 1, 37), (2, 4, 33, 8)]
-"""Sizes of whole vectors of 8, of single elements, of more than one block."""
+SHAPES = [(2, 3, 8, 8), (3, 2, 5, 7), (2, 1, 16, 48), (1, 1, 1, 1), (1, 3, 1, 37), (2, 4, 33, 8), (2, 2, 4, 6)]
+"""Sizes of whole vectors of 8, of single elements, of more than one block; of whole vectors that cross rows of pixels."""
 ORDERS = ["0", "1", "2"]
 
 
@@ -97,6 +97,19 @@ def test_history_in_channels_last(shape: testing.Shape, dtype: torch.dtype) -> N
     testing.assert_matches_reference("fused_step_", case)
 
 
+@pytest.mark.parametrize("shape", SHAPES[:2])
+def test_a_slot_that_no_term_of_both_rows_has_is_not_read(shape: testing.Shape) -> None:
+    case = testing.random_step_case(generator(0), shape)
+    for arm, slot in ((0, 0), (1, 0), (1, 1), (2, 2)):
+        for first in (Step.H, *(Step.STORE + k * STORE_COLUMNS + Store.J for k in range(STORES))):
+            case["table"][arm, :, first + slot] = 0
+    case["history"][0] = torch.nan
+    for outside in range(3):
+        for inside in range(3):
+            arms = {"arm": torch.full_like(case["arm"], outside), "arm_inside": torch.full_like(case["arm"], inside)}
+            testing.assert_matches_reference("fused_step_", case | arms)
+
+
 @pytest.mark.parametrize("dtype", testing.DTYPES)
 def test_special_values(dtype: torch.dtype) -> None:
     """NaN and infinities go through clamps, zeros keep their sign, subnormal halves survive; the bad row is found."""
@@ -131,7 +144,7 @@ def test_every_half_is_read_and_written_exactly() -> None:
 @pytest.mark.parametrize("options", range(0, 8))
 @pytest.mark.parametrize("op", ["fused_noising", "fused_loss"])
 def test_noising_and_loss(op: str, options: int, shape: testing.Shape) -> None:
-    """The first image is "dtype" wide; bytes and float32 alike, flipped or not, in both layouts."""
+    """Bytes that are flipped, and float32 images that are not, in both layouts."""
     for seed, dtype in enumerate(testing.DTYPES):
         build = testing.random_noising_case if op == "fused_noising" else testing.random_loss_case
         case = options_of(build(generator(seed + options), shape, dtype), options)
