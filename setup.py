@@ -61,7 +61,7 @@ NVCC_FLAGS = [
 ]
 CUDA_SOURCES = ["cuda/step.cu", "cuda/training.cu", "cuda/runtime.cpp"]
 # T4; A100; A10 and RTX 30; L4 and RTX 40; H100; B200; RTX 50. Newer devices compile the PTX of the last.
-CUDA_ARCHS = "75;80;86;89;90;100;120"
+CUDA_ARCHS = ["75", "80", "86", "89", "90", "100", "120"]
 
 
 def find_nvcc() -> str | None:
@@ -72,9 +72,13 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or (shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None)
 
 
-def gencode(archs: str) -> list[str]:
-    """nvcc's words for machine code of each arch, and PTX of the newest for devices after it."""
-    numbers = sorted(archs.replace(",", ";").split(";"), key=int)
+def gencode(nvcc: str) -> list[str]:
+    """nvcc's words for machine code of each arch that is wanted, and PTX of the newest for devices after it."""
+    if chosen := os.environ.get("BDK_CUDA_ARCHS"):
+        numbers = sorted(chosen.split(";"), key=int)
+    else:
+        known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+        numbers = [n for n in CUDA_ARCHS if f"sm_{n}" in known]  # CUDA 12.0 ends at 90
     machine = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
     return [*machine, f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}"]
 
@@ -100,22 +104,23 @@ class BuildNative(build_ext):
         self.compiler._compile = with_file_flags
         try:
             if ext is CUDA:
-                ext.extra_objects = self.compile_kernels()
+                ext.extra_objects = self.compile_kernels(NVCC)
+                ext.library_dirs = cuda_library_dirs(NVCC)
             super().build_extension(ext)
         except Exception as error:
             print(f"{ext.name} was not built: bdkernels will run without it ({error})")
         finally:
             self.compiler._compile = compile_one
 
-    def compile_kernels(self) -> list[str]:
+    def compile_kernels(self, nvcc: str) -> list[str]:
         """The objects that nvcc makes; pybind11 is left to the C++ compiler, or it would be read once an arch."""
-        archs = gencode(os.environ.get("BDK_CUDA_ARCHS") or CUDA_ARCHS)
+        archs = gencode(nvcc)
         objects = []
         for source in CUDA_SOURCES:
             made = Path(self.build_temp, "csrc", source).with_suffix(".o")
             made.parent.mkdir(parents=True, exist_ok=True)
             include = ["-I", "csrc", "-I", "csrc/include"]
-            subprocess.run([NVCC, *NVCC_FLAGS, *archs, *include, "-c", f"csrc/{source}", "-o", made], check=True)
+            subprocess.run([nvcc, *NVCC_FLAGS, *archs, *include, "-c", f"csrc/{source}", "-o", made], check=True)
             objects.append(str(made))
         return objects
 
@@ -137,7 +142,6 @@ CUDA = NVCC and Extension(
     "bdkernels._cuda",
     ["csrc/bindings/cuda_module.cpp"],
     include_dirs=INCLUDE,
-    library_dirs=cuda_library_dirs(NVCC),
     libraries=["cudart_static", "dl", "pthread", "rt"],
     depends=[*HEADERS, *(f"csrc/{source}" for source in CUDA_SOURCES)],
     extra_compile_args=FLAGS,
