@@ -26,7 +26,7 @@ from .noise import (
     STREAM_TIMESTEP,
     STREAM_TRAINING,
 )
-from .ops import NO_BAD_ROW, fused_loss, fused_noising, fused_step, fused_step_, normal
+from .ops import NO_BAD_ROW, bind_step, fused_loss, fused_noising, fused_step, fused_step_, normal
 
 __all__ = [
     "BACKENDS",
@@ -46,6 +46,7 @@ __all__ = [
     "Noising",
     "Step",
     "Store",
+    "bind_step",
     "fused_loss",
     "fused_noising",
     "fused_step",

@@ -32,6 +32,29 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+class BoundStep:
+    """``step`` for model outputs that are checked where they differ in kind from the last; keeps ``rest`` alive."""
+
+    def __init__(
+        self,
+        step: Callable[[int, int, int, Any], None],
+        place: Callable[[Tensor], Any],
+        check: Callable[[Tensor], None],
+        x: Tensor,
+        rest: tuple[Tensor | None, ...],
+    ) -> None:
+        self._step, self._place, self._check, self._x, self._rest = step, place, check, x, rest
+        self._seen: tuple[object, ...] = ()
+        self._format = 0
+
+    def __call__(self, model_output: Tensor, k: int) -> None:
+        seen = (model_output.shape, model_output.stride(), model_output.dtype, model_output.device)
+        if seen != self._seen:
+            self._check(model_output)
+            self._seen, self._format = seen, _view(model_output)[1]
+        self._step(model_output.data_ptr(), self._format, k, self._place(self._x))
+
+
 class CompiledOps:
     """``module()`` is the compiled module, ``place(tensor)`` what tells it where to run: threads, or device and stream."""
 
@@ -50,11 +73,11 @@ class CompiledOps:
     def _step(
         self,
         x: Tensor,
-        model_output: Tensor,
         out: Tensor,
         table: Tensor,
         arm: Tensor,
-        step: Tensor,
+        steps: Tensor,
+        count: int,
         seeds: Tensor,
         trigger: Tensor | None,
         region: Tensor | None,
@@ -62,11 +85,11 @@ class CompiledOps:
         history: Tensor | None,
         stores: bool,
         bad_row: Tensor | None,
-    ) -> None:
-        self._module().fused_step(
+    ) -> Callable[[int, int, int, Any], None]:
+        """The op on these tensors; a call takes ``m``'s address and format, which of ``count`` steps it is, the place."""
+        return self._module().FusedStep(
             tuple(x.shape),
             _view(x),
-            _view(model_output),
             _view(out),
             _ABSENT if history is None else _view(history),
             0 if history is None else min(len(history), HISTORY_SLOTS),
@@ -75,13 +98,13 @@ class CompiledOps:
             tuple(table.shape),
             arm.data_ptr(),
             _address(arm_inside),
-            step.data_ptr(),
-            step.ndim,
+            steps.data_ptr(),
+            count,
+            int(steps.numel() != count),
             seeds.data_ptr(),
             _image(trigger),
             _image(region),
             _address(bad_row),
-            self._place(x),
         )
 
     def fused_step(
@@ -99,7 +122,8 @@ class CompiledOps:
     ) -> Tensor:
         """See `bdkernels.fused_step`."""
         out = torch.empty_like(x)
-        self._step(x, model_output, out, table, arm, step, seeds, trigger, region, arm_inside, history, False, None)
+        one = self._step(x, out, table, arm, step, 1, seeds, trigger, region, arm_inside, history, False, None)
+        one(*_view(model_output), 0, self._place(x))
         return out
 
     def fused_step_(
@@ -117,7 +141,27 @@ class CompiledOps:
         bad_row: Tensor | None,
     ) -> None:
         """See `bdkernels.fused_step_`."""
-        self._step(x, model_output, x, table, arm, step, seeds, trigger, region, arm_inside, history, True, bad_row)
+        one = self._step(x, x, table, arm, step, 1, seeds, trigger, region, arm_inside, history, True, bad_row)
+        one(*_view(model_output), 0, self._place(x))
+
+    def bind_step(
+        self,
+        check: Callable[[Tensor], None],
+        x: Tensor,
+        table: Tensor,
+        arm: Tensor,
+        steps: Tensor,
+        seeds: Tensor,
+        trigger: Tensor | None,
+        region: Tensor | None,
+        arm_inside: Tensor | None,
+        history: Tensor | None,
+        bad_row: Tensor | None,
+    ) -> BoundStep:
+        """See `bdkernels.bind_step`; ``check`` refuses a model output that does not go with ``x``."""
+        tensors = (trigger, region, arm_inside, history)
+        step = self._step(x, x, table, arm, steps, len(steps), seeds, *tensors, True, bad_row)
+        return BoundStep(step, self._place, check, x, (table, arm, steps, seeds, *tensors, bad_row))
 
     def fused_noising(
         self,

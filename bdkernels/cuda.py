@@ -57,5 +57,6 @@ _ops = CompiledOps(_module, _place)
 normal = _ops.normal
 fused_step = _ops.fused_step
 fused_step_ = _ops.fused_step_
+bind_step = _ops.bind_step
 fused_noising = _ops.fused_noising
 fused_loss = _ops.fused_loss

@@ -80,5 +80,6 @@ _ops = CompiledOps(_module, lambda tensor: torch.get_num_threads())
 normal = _ops.normal
 fused_step = _ops.fused_step
 fused_step_ = _ops.fused_step_
+bind_step = _ops.bind_step
 fused_noising = _ops.fused_noising
 fused_loss = _ops.fused_loss

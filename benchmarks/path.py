@@ -2,7 +2,7 @@
 
     python -m benchmarks.path --json benchmarks/results/path.json
 
-Without training: the network is the closed-form optimum (`bdengine.oracle`) for real digits, one Gaussian a class at 8x8,
+Without training: the network is the closed-form optimum (`bdengine.oracle`) for real digits, one Gaussian a class at 16x16,
 poisoned by BadDiffusion (white square, drawn hat) at a given rate. For every sampler at 20 steps:
 
     departure   largest |u_k - m_(t_k)| over the nodes, in units of the trigger (`bdengine.attacks.departure`)
@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy.stats import binomtest
 from tqdm import tqdm
 
@@ -35,14 +34,14 @@ from bdengine.schedule import Schedule, linear
 from bdengine.solvers import SAMPLERS, SamplerConfig
 from bdengine.triggers import target, trigger
 
-SIZE, STEPS, THRESHOLD = 8, 20, 0.01
+SIZE, STEPS, THRESHOLD = 16, 20, 0.01
 
 
 def digits() -> list[tuple[float, Gaussian]]:
-    """One Gaussian a digit class, [1, 8, 8] in [-1, 1]; 0.01 is added to each variance, since borders are constant."""
-    data = load("digits", 16, 1)
+    """One Gaussian a digit class, [1, 16, 16] in [-1, 1]; 0.01 is added to each variance, since borders are constant."""
+    data = load("digits", SIZE, 1)
     assert data.labels is not None
-    images = F.avg_pool2d(to_float(data.pixels), 2).double()
+    images = to_float(data.pixels).double()
     mixture = []
     for label in data.labels.unique():
         flat = images[data.labels == label].flatten(1)
@@ -56,7 +55,7 @@ def study(
 ) -> dict[str, Any]:
     """One sampler under one kind of coefficients."""
     table = SamplerConfig(name, STEPS).table(process)
-    r, y = trigger("XXXSM_BOX", SIZE, 1), target("DRAWN_HAT", SIZE, 1)
+    r, y = trigger("XXSM_BOX", SIZE, 1), target("DRAWN_HAT", SIZE, 1)
     attack = baddiffusion(process, r, y, coefficients, table)  # type: ignore[arg-type]
     shares = {}
     for rate in rates:

@@ -1,4 +1,4 @@
-"""Every sampler's step, the solver's arithmetic without the network: the stock scheduler against `bdkernels.fused_step_`.
+"""Every sampler's step, the solver's arithmetic without the network: the stock scheduler against `bdkernels.bind_step`.
 
 One call is one row of a 20-step loop with a fixed model output, and a measurement is a whole loop, which begins anew
 inside of its first call: stock's state is put back, ours copies the initial noise. Ours has what `Sampler.batch` hands the
@@ -125,13 +125,14 @@ def stock_steps(scheduler: Any, start: Tensor, model: Model) -> Iterator[Tensor]
 def our_steps(table: Table, start: Tensor, seeds: Tensor, model: Model) -> Iterator[Tensor]:
     """The same for one of our tables, in place as in `bdengine.sampler.Sampler.batch`."""
     rows, arm = stack([table], start.dtype), torch.zeros_like(seeds)
-    x, steps = torch.empty_like(start), list(torch.arange(len(table)))
+    x, steps = torch.empty_like(start), torch.arange(len(table))
     history = x.new_zeros((table.slots, *x.shape)) if table.slots else None
     bad_row = torch.full_like(seeds[0], NO_BAD_ROW)
+    step = bdkernels.bind_step(x, rows, arm, steps, seeds, history=history, bad_row=bad_row)
     while True:
         x.copy_(start)
-        for step, t in zip(steps, table.timesteps, strict=True):
-            bdkernels.fused_step_(x, model(x, t), rows, arm, step, seeds, history=history, bad_row=bad_row)
+        for row, t in enumerate(table.timesteps):
+            step(model(x, t), row)
             yield x
 
 

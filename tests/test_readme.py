@@ -16,7 +16,7 @@ def test_code_blocks_run(index: int) -> None:
 
 
 def test_there_are_blocks_and_linked_files_exist() -> None:
-    assert len(BLOCKS) == 2
+    assert len(BLOCKS) == 4
     links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
     assert links
     assert all((ROOT / link).exists() for link in links)

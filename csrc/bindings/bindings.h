@@ -9,6 +9,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <stdexcept>
+#include <string>
+
 #include "bdk/calls.h"
 
 namespace bdk {
@@ -55,30 +58,52 @@ struct Bindings {
                         place);
     }
 
-    static void fused_step(const Shape& shape, const Tensor& x_t, const Tensor& m, const Tensor& out,
-                           const Tensor& history, int slots, bool stores, Address rows,
-                           const TableShape& rows_shape, Address arm, Address arm_inside, Address step,
-                           int step_stride, Address seeds, const Image& trigger, const Image& region,
-                           Address bad_row, const Place& place) {
-        StepCall call{view(shape, x_t),
-                      view(shape, m),
-                      view(shape, out),
-                      image(shape, trigger),
-                      image(shape, region, Type::byte),
-                      {},
-                      slots,
-                      stores,
-                      table(rows, rows_shape),
-                      integers(arm),
-                      integers(arm_inside),
-                      integers(seeds),
-                      {integers(step), step_stride}};
-        const auto [n, c, h, w] = shape;
-        for (int j = 0; j < slots; ++j)
-            call.history[j] =
-                view(shape, {history.first + sizeof(float) * n * c * h * w * j, history.second});
-        Backend::fused_step(shape, call, pointer<int64_t>(bad_row), place);
-    }
+    // fused_step on the same tensors again and again: what a call brings is m, which of `steps` it is, and
+    // where it runs.
+    class FusedStep {
+      public:
+        FusedStep(const Shape& shape, const Tensor& x_t, const Tensor& out, const Tensor& history, int slots,
+                  bool stores, Address rows, const TableShape& rows_shape, Address arm, Address arm_inside,
+                  Address steps, int64_t count, int step_stride, Address seeds, const Image& trigger,
+                  const Image& region, Address bad_row)
+            : shape_(shape),
+              call_{view(shape, x_t),
+                    {},
+                    view(shape, out),
+                    image(shape, trigger),
+                    image(shape, region, Type::byte),
+                    {},
+                    slots,
+                    stores,
+                    table(rows, rows_shape),
+                    integers(arm),
+                    integers(arm_inside),
+                    integers(seeds),
+                    {integers(steps), step_stride}},
+              count_(count),
+              bad_row_(pointer<int64_t>(bad_row)) {
+            const auto [n, c, h, w] = shape;
+            for (int j = 0; j < slots; ++j)
+                call_.history[j] =
+                    view(shape, {history.first + sizeof(float) * n * c * h * w * j, history.second});
+        }
+
+        void operator()(Address m, int format, int64_t k, const Place& place) {
+            if (k < 0 || k >= count_)
+                throw std::invalid_argument("step " + std::to_string(k) + " was asked for: expected 0 to " +
+                                            std::to_string(count_ - 1));
+            StepCall call = call_;
+            call.m = view(shape_, {m, format});
+            call.step.data += k * (call.step.stride == 0 ? 1 : std::get<0>(shape_));
+            Backend::fused_step(shape_, call, bad_row_, place);
+        }
+
+      private:
+        Shape shape_;
+        StepCall call_;
+        int64_t count_;
+        int64_t* bad_row_;
+    };
 
     static void fused_noising(const Shape& shape, const Tensor& x0, const Tensor& out, Address t, Address arm,
                               Address arm_inside, Address seeds, Address rows, const TableShape& rows_shape,
@@ -108,7 +133,12 @@ struct Bindings {
     static void define(pybind11::module_& m) {
         const pybind11::call_guard<pybind11::gil_scoped_release> unlocked;
         m.def("normal", normal, unlocked);
-        m.def("fused_step", fused_step, unlocked);
+        // Of this module alone: two may be loaded.
+        pybind11::class_<FusedStep>(m, "FusedStep", pybind11::module_local())
+            .def(pybind11::init<const Shape&, const Tensor&, const Tensor&, const Tensor&, int, bool, Address,
+                                const TableShape&, Address, Address, Address, int64_t, int, Address,
+                                const Image&, const Image&, Address>())
+            .def("__call__", &FusedStep::operator(), unlocked);
         m.def("fused_noising", fused_noising, unlocked);
         m.def("fused_loss", fused_loss, unlocked);
     }

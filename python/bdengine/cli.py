@@ -53,7 +53,7 @@ class SampleConfig:
     seeds: str = "0-15"
     """0-63, or 1,5,8-11. Seed k always has the same noise, and with exact the same bits."""
     sampler: str | None = None
-    """One that bdengine samplers lists; what the checkpoint was made for where absent, else ddpm."""
+    """One that bdengine samplers lists, or own; what the checkpoint was made for where absent, else ddpm, else own."""
     steps: int | None = None
     """Steps of the sampler."""
     order: int | None = None
@@ -90,7 +90,7 @@ class EvaluateConfig:
     images: int = 512
     """Images of each arm."""
     sampler: str | None = None
-    """One that bdengine samplers lists; what the checkpoint was made for where absent, else ddpm."""
+    """One that bdengine samplers lists, or own; what the checkpoint was made for where absent, else ddpm, else own."""
     steps: int | None = None
     """Steps of the sampler."""
     order: int | None = None
@@ -182,6 +182,7 @@ def _demo(arguments: Sequence[str]) -> int:
 
 
 def _samplers(arguments: Sequence[str]) -> int:
+    from .own import OWN
     from .solvers import SAMPLERS
 
     tyro.cli(SamplersConfig, prog="bdengine samplers", args=arguments)
@@ -192,6 +193,7 @@ def _samplers(arguments: Sequence[str]) -> int:
         )
         noise = "eta" if name == "ddim" else "yes" if kind.noise else "no"
         print(f"{name:16} {orders:12} {kind.evaluations:12} {noise:6} {kind.reference}")
+    print(f"{OWN:16} the scheduler in the checkpoint, read off: any linear one of diffusers, and score-SDE's")
     print("n is --steps; * is the order where --order is absent")
     return 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor
 
@@ -19,11 +19,16 @@ from .extractors import DigitFeatures, Extractor, InceptionFeatures
 from .files import read_json, write_json
 from .metrics import check_threshold
 from .networks import Network
+from .own import OWN, in_unit_range, is_preserving, own_table
 from .sampler import Arm, Sampler, check_seeds
 from .schedule import Schedule
 from .shipped import find
-from .solvers import SamplerConfig
+from .solvers import SamplerConfig, Table
 from .triggers import target, trigger
+
+OWN_STEPS: Final = 50
+"""Of a checkpoint's own scheduler where nobody says."""
+_VARIANCES: Final = {"fixed_large": "large", "learned_range": "learned_range"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +36,7 @@ class Model:
     """A checkpoint, ready to sample, with what it says of how it was made."""
 
     network: Network
-    process: Schedule
+    scheduler: dict[str, Any]
     made_by: dict[str, Any]
 
     @classmethod
@@ -39,13 +44,13 @@ class Model:
         """From a diffusers folder, a hub name or a shipped name.
 
         Raises:
-            UserError: Nothing there, a broken or foreign file, or a process that is not this engine's.
+            UserError: Nothing there, or a broken or foreign file.
         """
         path = find(name)
         network = Network(checkpoint.load_unet(path)).to(device()).requires_grad_(False)
-        process = Schedule.from_config(checkpoint.load_scheduler_config(path))
         extra = Path(path) / checkpoint.EXTRA
-        return cls(network, process, read_json(extra) if extra.is_file() else {})
+        made_by = read_json(extra) if extra.is_file() else {}
+        return cls(network, checkpoint.load_scheduler_config(path), made_by)
 
     @property
     def train(self) -> dict[str, Any]:
@@ -57,13 +62,33 @@ class Model:
         """The attack it was trained with."""
         return from_json(AttackConfig, self.train.get("attack", {}))
 
-    def sampler(self, name: str | None, steps: int | None, order: int | None, eta: float | None) -> SamplerConfig:
-        """The sampler it was made for, with what the user said instead."""
-        recorded = from_json(SamplerConfig, self.train.get("sampler", {}))
+    def table(self, said: SampleConfig | EvaluateConfig) -> tuple[Table, dict[str, Any]]:
+        """The sampler it was made for, with what the user said instead, and its description.
+
+        A stranger's checkpoint is sampled by ddpm where its scheduler has betas, else by its own scheduler.
+
+        Raises:
+            UserError: A sampler, or a number of steps, that does not fit the checkpoint.
+        """
+        preserving = is_preserving(self.scheduler)
+        name = said.sampler or (None if preserving else OWN)
+        if name == OWN:
+            for what, value in (("order", said.order), ("eta", said.eta)):
+                if value is not None:
+                    raise UserError(f"{what} is {value:g} with the checkpoint's own scheduler: expected none")
+            recorded_steps = self.train.get("sampler", {}).get("steps", OWN_STEPS)
+            steps = recorded_steps if said.steps is None else said.steps
+            return own_table(self.scheduler, steps), {"name": OWN, "steps": steps}
+        if not preserving:
+            kind = self.scheduler.get("_class_name", "no known class")
+            raise UserError(f"the sampler {name} needs betas and the checkpoint's scheduler is {kind}: expected {OWN}")
+        variance = _VARIANCES.get(self.scheduler.get("variance_type", ""), "small")
+        recorded = from_json(SamplerConfig, {"variance": variance} | self.train.get("sampler", {}))
         if name not in (None, recorded.name):
             recorded = SamplerConfig(name, recorded.steps, recorded.spacing)
-        said: dict[str, Any] = {"steps": steps, "order": order, "eta": eta}
-        return replace(recorded, **{field: value for field, value in said.items() if value is not None})
+        changes: dict[str, Any] = {"steps": said.steps, "order": said.order, "eta": said.eta}
+        sampler = replace(recorded, **{field: value for field, value in changes.items() if value is not None})
+        return sampler.table(Schedule.from_config(self.scheduler)), to_json(sampler)
 
     def trigger(self, name: str, file: Path | None) -> Tensor:
         """A trigger of its images' shape."""
@@ -78,12 +103,12 @@ def sample(config: SampleConfig) -> int:
     if config.trigger_file and not config.trigger:
         raise UserError(f"the trigger file {config.trigger_file} was given without a trigger: expected --trigger IMAGE")
     model = Model.load(config.checkpoint)
-    sampler = model.sampler(config.sampler, config.steps, config.order, config.eta)
-    table = sampler.table(model.process).clipped(config.clip)
+    table, sampler = model.table(config)
+    table = table.clipped(config.clip)
     start = model.trigger(config.trigger, config.trigger_file) if config.trigger else None
     run = Sampler(model.network, {"": Arm(table, start)}, config.micro_batch, config.exact)
     described = to_json(config) | {
-        "sampler": to_json(sampler),
+        "sampler": sampler,
         "weights_sha256": checkpoint.digest(model.network.state_dict()),
         "trigger_sha256": None if start is None else checkpoint.digest({"trigger": start}),
     }
@@ -92,7 +117,11 @@ def sample(config: SampleConfig) -> int:
     claim(config.out / "run.json", described, free)
     missing = [seed for seed in seeds if not pictures.path_of(config.out, seed).exists()]
     if missing:
-        run(missing, progress=True, done=lambda _, seed, image: pictures.save_images(config.out, [seed], image[None]))
+
+        def save(_: str, seed: int, image: Tensor) -> None:
+            pictures.save_images(config.out, [seed], (2 * image - 1 if in_unit_range(model.scheduler) else image)[None])
+
+        run(missing, progress=True, done=save)
     shown = pictures.load_images(config.out, seeds[:64])
     pictures.save_png(config.out / "grid.png", pictures.grid(shown))
     print(f"wrote {len(missing)} images to {config.out} ({len(seeds) - len(missing)} were there)")
@@ -124,9 +153,8 @@ def evaluate(config: EvaluateConfig) -> int:
     y = target(names.target, size, channels, trigger=r, file=names.target_file)
     data = load(config.data or model.train.get("data", "digits"), size, channels)
     reference = Reference.of(data, _extractor(config.extractor))
-    sampler = model.sampler(config.sampler, config.steps, config.order, config.eta)
-    seeds = range(config.images)
-    arms, speed = sample_arms(model.network, sampler.table(model.process), r, seeds, config.micro_batch, progress=True)
+    table, sampler = model.table(config)
+    arms, speed = sample_arms(model.network, table, r, range(config.images), config.micro_batch, progress=True)
     scores = {
         "source": Path(config.checkpoint).name,
         "arms": score_arms(arms, y, reference, config.threshold),
@@ -134,7 +162,7 @@ def evaluate(config: EvaluateConfig) -> int:
         "images_per_second": {"sampling": speed},
         "run": {
             **{name: value for name, value in to_json(config).items() if name != "out"},
-            "sampler": to_json(sampler),
+            "sampler": sampler,
             "trigger": names.trigger,
             "target": names.target,
             "trigger_file": to_json(names.trigger_file),

@@ -99,7 +99,7 @@ def _film(network: Network, arms: dict[str, Arm], seed: int) -> dict[str, Any]:
     """One sample's way through each arm, as a strip of frames."""
     sampler = Sampler(network, arms, micro_batch=len(arms))
     frames: list[tuple[int, Tensor]] = []
-    index = torch.arange(len(arms), device=sampler.table.device)
+    index = torch.arange(len(arms), device=sampler.arms.table.device)
     sampler.batch(index, torch.full_like(index, seed), lambda row, x: frames.append((row, x.clone())))
     rows = len(frames) - 1
     kept = [frames[round(i * rows / (FILM_FRAMES - 1))] for i in range(FILM_FRAMES)]
@@ -107,7 +107,7 @@ def _film(network: Network, arms: dict[str, Arm], seed: int) -> dict[str, Any]:
     labels = [f"t = {times[row]:.0f}" if row < rows else "image" for row, _ in kept]
     return {
         name: pictures.film_strip([x[i : i + 1] for _, x in kept], labels, scale=5)
-        for i, name in enumerate(sampler.names)
+        for i, name in enumerate(sampler.arms.names)
     }
 
 

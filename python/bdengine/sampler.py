@@ -1,8 +1,11 @@
 """The sampling loop. Its API is seeds: sample ``k`` is the same image whatever the batch, the order or the restart
 (to the bit with an element-wise network, and with any other in a micro-batch that passes its self-check).
 
-    x_T = start (eps(seed) + r)         r = 0 in arms without a trigger
+    x_T = start (gamma eps(seed) + r)       r = 0 in arms without a trigger
     for each row:  m = network(x, time);  x = fused_step(x, m)
+
+What no row can say, since it is not linear, has a name and a line in the loop: `langevin` correctors, the `learned_noise` of
+a network that returns its variance too, and `thresholded` x0.
 
 The arms of a seed (clean, triggered, clipped, other samplers) share its noise and stand side by side in a batch.
 """
@@ -10,8 +13,8 @@ The arms of a seed (clean, triggered, clipped, other samplers) share its noise a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -20,22 +23,12 @@ from tqdm import tqdm
 import bdkernels
 from bdkernels import NO_BAD_ROW, STREAM_STEP, Step
 
+from .arms import Arm, Arms
 from .errors import UserError
 from .networks import Network, micro_batch_is_exact
-from .solvers import Table, stack
 
-
-@dataclass(frozen=True, eq=False)
-class Arm:
-    """How one arm of a batch is sampled.
-
-    Attributes:
-        table: Its sampler.
-        trigger: Added to the initial noise, float32 [C, H, W]; None for a clean arm.
-    """
-
-    table: Table
-    trigger: Tensor | None = None
+QUANTILE: Final = 0.995
+"""Of `thresholded`."""
 
 
 class Sampler:
@@ -48,12 +41,10 @@ class Sampler:
         exact: Require that a sample's bits do not depend on its neighbours, by a self-check of the network.
 
     Raises:
-        UserError: No arms, arms of unequal length, a trigger of the wrong shape, or a network that fails the self-check.
+        UserError: No arms, arms that do not fit the images or each other, or a network that fails the self-check.
     """
 
     def __init__(self, network: Network, arms: Mapping[str, Arm], micro_batch: int = 64, exact: bool = False) -> None:
-        if not arms:
-            raise UserError("no arms were given: expected at least one")
         if micro_batch < 1:
             raise UserError(f"the micro-batch is {micro_batch}: expected at least 1")
         if exact and not micro_batch_is_exact(network, micro_batch):
@@ -61,19 +52,10 @@ class Sampler:
                 f"with a micro-batch of {micro_batch} this network's last bits depend on a sample's neighbours:"
                 " try a multiple of 16, or sample without the bit-exact mode"
             )
-        shape = network.sample_shape
-        for name, arm in arms.items():
-            if arm.trigger is not None and arm.trigger.shape != shape:
-                raise UserError(f"the trigger of arm {name!r} has shape {tuple(arm.trigger.shape)}: expected {shape}")
         device = next(chain(network.parameters(), network.buffers()), torch.empty(0)).device
-        self.network, self.names, self.micro_batch, self.shape = network, list(arms), micro_batch, shape
-        self.table = stack([arm.table for arm in arms.values()]).to(device)
-        self.corrector = _correctors([arm.table for arm in arms.values()])
-        self.slots = max(arm.table.slots for arm in arms.values())
-        self.start = torch.stack([torch.zeros(shape) if a.trigger is None else a.trigger for a in arms.values()])
-        self.start = self.start.to(device)
-        self.scale = torch.tensor([a.table.start for a in arms.values()], device=device).reshape(-1, 1, 1, 1)
-        self.rows = torch.arange(self.table.shape[1], device=device)
+        self.network, self.shape, self.micro_batch = network, network.sample_shape, micro_batch
+        self.arms = Arms(arms, network.sample_shape, device)
+        self.rows = torch.arange(self.arms.table.shape[1], device=device)
 
     @torch.inference_mode()
     def batch(self, arm: Tensor, seeds: Tensor, watch: Callable[[int, Tensor], None] | None = None) -> Tensor:
@@ -89,25 +71,47 @@ class Sampler:
 
         Raises:
             FloatingPointError: The network's output was not finite; names the first such row.
+            UserError: The network returns no variance where the sampler has it learned.
         """
-        x = (bdkernels.normal(seeds, self.shape) + self.start[arm]) * self.scale[arm]
-        history = x.new_zeros((self.slots, *x.shape)) if self.slots else None
+        arms = self.arms
+        trigger = arms.trigger[arm]
+        x = (arms.gamma[arm] * bdkernels.normal(seeds, self.shape) + trigger) * arms.start[arm]
+        history = x.new_zeros((arms.slots, *x.shape)) if arms.slots else None
         bad_row = torch.full_like(seeds[0], NO_BAD_ROW)
-        scale, time = (self.table[arm, :, c].T.contiguous() for c in (Step.IN, Step.TIME))
-        scaled = bool((self.table[..., Step.IN] != 1).any())
-        for row, step in enumerate(self.rows):
+        step = bdkernels.bind_step(
+            x, arms.table, arm, self.rows, seeds, trigger=trigger if arms.with_trigger else None, history=history,
+            bad_row=bad_row, **arms.inside(arm),
+        )  # fmt: skip
+        scale, time = (arms.table[arm, :, c].T.contiguous() for c in (Step.IN, Step.TIME))
+        for row in range(len(self.rows)):
             if watch:
                 watch(row, x)
-            m = self.network(x * scale[row].reshape(-1, 1, 1, 1) if scaled else x, time[row])
-            if snr := self.corrector[row]:
-                x = langevin(x, m, bdkernels.normal(seeds, self.shape, step=row, stream=STREAM_STEP), snr)
-                continue
-            bdkernels.fused_step_(x, m, self.table, arm, step, seeds, history=history, bad_row=bad_row)
+            m = self.network(x * scale[row].reshape(-1, 1, 1, 1) if arms.with_scale else x, time[row])
+            if arms.nonlinear or m.shape[1] != x.shape[1]:
+                m = self._nonlinear(m, x, arm, row, seeds, trigger, history)
+            step(m, row)
         if watch:
             watch(len(self.rows), x)
         if (bad := int(bad_row)) != NO_BAD_ROW:
             raise FloatingPointError(f"the network's output is not finite at row {bad} (t = {time[bad, 0]:g})")
         return x
+
+    def _nonlinear(
+        self, m: Tensor, x: Tensor, arm: Tensor, row: int, seeds: Tensor, trigger: Tensor, history: Tensor | None
+    ) -> Tensor:
+        """``m`` for what no row can say; changes ``x`` in a corrector's row and the noise of a learned variance."""
+        arms, spread = self.arms, None
+        if m.shape[1] == 2 * x.shape[1]:
+            m, spread = (half.contiguous() for half in m.chunk(2, dim=1))
+        if arms.log_variance is not None and history is not None:
+            z = bdkernels.normal(seeds, self.shape, step=row, stream=STREAM_STEP)
+            history[0] = learned_noise(spread, arms.log_variance[arm, row], z)
+        if arms.dynamic is not None:
+            a, b, d = (arms.column(arm, row, c) for c in (Step.A, Step.B, Step.D))
+            m = torch.where(arms.dynamic[arm, None, None, None], thresholded(m, a * x + d * trigger, b), m)
+        if snr := arms.corrector[row]:
+            x.copy_(langevin(x, m, bdkernels.normal(seeds, self.shape, step=row, stream=STREAM_STEP), snr))
+        return m
 
     def __call__(
         self, seeds: Sequence[int], *, progress: bool = False, done: Callable[[str, int, Tensor], None] | None = None
@@ -123,9 +127,9 @@ class Sampler:
             UserError: No seeds, or one that is not a 64-bit integer.
         """
         check_seeds(seeds)
-        device, count = self.table.device, len(seeds)
-        arm = torch.arange(len(self.names), device=device).repeat(count)
-        seed = torch.tensor(list(seeds), device=device, dtype=torch.int64).repeat_interleave(len(self.names))
+        device, count = self.arms.table.device, len(seeds)
+        arm = torch.arange(len(self.arms.names), device=device).repeat(count)
+        seed = torch.tensor(list(seeds), device=device, dtype=torch.int64).repeat_interleave(len(self.arms.names))
         out = torch.empty((len(arm), *self.shape))
         bar = tqdm(total=len(arm), unit="img", desc="sampling", disable=not progress)
         for at in range(0, len(arm), self.micro_batch):
@@ -134,10 +138,10 @@ class Sampler:
             out[at : at + len(here)] = self.batch(arm[padded], seed[padded])[: len(here)]
             if done:
                 for i in range(at, at + len(here)):
-                    done(self.names[i % len(self.names)], seeds[i // len(self.names)], out[i])
+                    done(self.arms.names[i % len(self.arms.names)], seeds[i // len(self.arms.names)], out[i])
             bar.update(len(here))
         bar.close()
-        return {name: out[i :: len(self.names)] for i, name in enumerate(self.names)}
+        return {name: out[i :: len(self.arms.names)] for i, name in enumerate(self.arms.names)}
 
 
 def langevin(x: Tensor, score: Tensor, z: Tensor, snr: float) -> Tensor:
@@ -151,16 +155,35 @@ def langevin(x: Tensor, score: Tensor, z: Tensor, snr: float) -> Tensor:
     return x + e * score + (2 * e).sqrt() * z
 
 
-def _correctors(tables: Sequence[Table]) -> list[float]:
-    """The rows that are correctors, in every arm alike.
+def learned_noise(v: Tensor | None, log_variance: Tensor, z: Tensor) -> Tensor:
+    """``exp((f high + (1 - f) low) / 2) z`` with ``f = (v + 1) / 2``: Nichol and Dhariwal 2021, eq. 15.
+
+    Args:
+        v: What the network returns beside its prediction, float32 [N, C, H, W].
+        log_variance: Its ends, float32 [N, 2].
+        z: float32 [N, C, H, W].
 
     Raises:
-        UserError: They differ.
+        UserError: The network returned none.
     """
-    marks = [[0.0] * len(t) if t.corrector is None else t.corrector.tolist() for t in tables]
-    if any(one != marks[0] for one in marks):
-        raise UserError("arms of one batch have their corrector steps in different rows: expected the same rows")
-    return marks[0]
+    if v is None:
+        raise UserError("the sampler's variance is learned and the network returns none: expected twice the channels")
+    low, high = log_variance.T[..., None, None, None]
+    return torch.exp((low + (v + 1) / 2 * (high - low)) / 2) * z
+
+
+def thresholded(m: Tensor, known: Tensor, b: Tensor) -> Tensor:
+    """The network output with which ``x0 = known + b m`` is thresholded: clamped to its sample's bound, over the bound.
+
+    The bound is the `QUANTILE` of ``|x0|``, at least 1. Source: Saharia et al. 2022 (Imagen), section 2.3.
+
+    Args:
+        m, known: float32 [N, C, H, W].
+        b: float32, to be broadcast to them.
+    """
+    x0 = known + b * m
+    bound = torch.quantile(x0.abs().flatten(1), QUANTILE, dim=1).clamp(min=1)[:, None, None, None]
+    return (x0.clamp(-bound, bound) / bound - known) / b
 
 
 def check_seeds(seeds: Sequence[int]) -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import importlib
+import functools
 import sys
-import types
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -19,21 +17,16 @@ import torch
 from torch import Tensor
 
 import bdkernels
-from bdengine.errors import UserError
 from bdengine.schedule import linear
 from bdengine.solvers import SamplerConfig, Table, stack
-from bdengine.solvers.readoff import from_diffusers
 from bdkernels import HISTORY_SLOTS, STORE_COLUMNS, STORES, Step
+
+from .readoff_for_tests import Case, named
 
 SHAPE = (1, 4, 4)
 SEEDS = torch.tensor([5, 6])
 STEPS = (10, 20, 50)
 MIN = {"final_sigmas_type": "sigma_min"}
-SDE_FILES = {
-    "DPMSolverSDEScheduler": "scheduling_dpmsolver_sde",
-    "CosineDPMSolverMultistepScheduler": "scheduling_cosine_dpmsolver_multistep",
-}
-
 # They cast the sample to float32 within a step, so that they can be read to 1e-7 a step and agree with themselves no better.
 CASTING = (
     "DPMSolverMultistepScheduler",
@@ -67,44 +60,6 @@ UNREAD = {
     "ScoreSdeVpScheduler": "its step_pred takes (score, x, t)",
     "VQDiffusionScheduler": "discrete tokens",
 }
-
-
-@dataclass(frozen=True)
-class Case:
-    """A scheduler, and how far the network's input and output are scaled to keep its trajectory smooth."""
-
-    name: str
-    config: dict[str, Any] = field(default_factory=dict)
-    options: dict[str, Any] = field(default_factory=dict)
-    method: str = "step"
-    wide: float = 1.0
-    single: float = 1e-5
-
-    def __str__(self) -> str:
-        values = "-".join(f"{k}={v}" for k, v in {**self.config, **self.options}.items())
-        return f"{self.name.removesuffix('Scheduler')}-{values}"
-
-    def make(self, steps: int) -> Any:
-        scheduler = named(self.name)(**self.config)
-        scheduler.set_timesteps(steps)
-        if hasattr(scheduler, "set_sigmas"):
-            scheduler.set_sigmas(steps)
-        return scheduler
-
-    def network(self, x: Tensor, t: float) -> Tensor:
-        """Something smooth that needs no weights."""
-        return torch.sin(x / self.wide + t / 100) * (0.7 / self.wide)
-
-
-def named(name: str) -> Any:
-    """The class; the two that import torchsde do so for its Brownian tree, which is replaced in any case."""
-    if name not in SDE_FILES:
-        return globals().get(name) or getattr(diffusers.schedulers, name)
-    here = sys.modules.setdefault("torchsde", types.ModuleType("torchsde"))
-    module = importlib.import_module(f"diffusers.schedulers.{SDE_FILES[name]}")
-    if not hasattr(here, "__file__"):
-        del sys.modules["torchsde"]
-    return getattr(module, name)
 
 
 def dpm(name: str, *algorithms: str) -> list[Case]:
@@ -199,13 +154,18 @@ class Brownian:
         return (last - first) / (float(start) - float(end)) ** 0.5
 
 
+@functools.cache
+def noise_of(row: int) -> Tensor:
+    return bdkernels.normal(SEEDS, SHAPE, step=row, stream=bdkernels.STREAM_STEP, dtype=torch.float64)
+
+
 def stock(case: Case, scheduler: Any, x: Tensor) -> tuple[Tensor, int]:
     """The last sample of the scheduler's own loop, and how often it evaluated the network."""
     scheduler, row, evaluations = copy.deepcopy(scheduler), 0, 0
     module = sys.modules[type(scheduler).__module__]
 
     def noise(*_: object, **__: object) -> Tensor:
-        return bdkernels.normal(SEEDS, SHAPE, step=row, stream=bdkernels.STREAM_STEP, dtype=torch.float64)
+        return noise_of(row)
 
     with ExitStack() as patches:
         for name, stand_in in (("randn_tensor", noise), ("BrownianTreeNoiseSampler", lambda *_, **__: Brownian(noise))):
@@ -236,7 +196,7 @@ def start(table: Table) -> Tensor:
 def test_the_table_is_the_scheduler(case: Case) -> None:
     for steps in STEPS:
         scheduler = case.make(steps)
-        table = from_diffusers(scheduler, method=case.method, **case.options)
+        table = Table.from_diffusers(scheduler, method=case.method, **case.options)
         x = start(table)
         expected, evaluations = stock(case, scheduler, x)
         assert len(table) == evaluations == len(scheduler.timesteps)
@@ -266,7 +226,7 @@ def test_with_float64_betas_it_is_the_table_written_by_hand(name: str) -> None:
     scheduler.alphas_cumprod = torch.tensor(process.alpha_bar)
     scheduler.one = scheduler.final_alpha_cumprod = torch.tensor(1.0, dtype=torch.float64)
     scheduler.set_timesteps(20)
-    read = from_diffusers(scheduler)
+    read = Table.from_diffusers(scheduler)
     wanted = SamplerConfig(name.removesuffix("Scheduler").lower(), steps=20).table(process)
     case = Case(name)
     torch.testing.assert_close(ours(case, read, start(read)), ours(case, wanted, start(read)), rtol=1e-9, atol=1e-9)
@@ -279,7 +239,7 @@ def test_the_clip_of_a_scheduler_comes_along() -> None:
     for on, bounds in ((True, {(-2.0, 2.0)}), (False, {(-np.inf, np.inf)})):
         scheduler = named("DDPMScheduler")(clip_sample=on, clip_sample_range=2.0)
         scheduler.set_timesteps(10)
-        rows = from_diffusers(scheduler).rows
+        rows = Table.from_diffusers(scheduler).rows
         assert set(zip(rows[:, Step.LOW0], rows[:, Step.HIGH0], strict=True)) == bounds
         assert (rows[:, Step.Q] > 0).all()
 
@@ -287,116 +247,62 @@ def test_the_clip_of_a_scheduler_comes_along() -> None:
 def test_a_thousand_steps() -> None:
     case = Case("DDPMScheduler")
     scheduler = case.make(1000)
-    table = from_diffusers(scheduler)
+    table = Table.from_diffusers(scheduler)
     expected, _ = stock(case, scheduler, start(table))
     assert len(table) == 1000
     torch.testing.assert_close(ours(case, table, start(table)), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_start_end_and_name_are_the_schedulers() -> None:
+def test_start_and_name_are_the_schedulers() -> None:
     euler = Case("EulerDiscreteScheduler").make(10)
-    table = from_diffusers(euler)
+    table = Table.from_diffusers(euler)
     assert table.start == pytest.approx(float(euler.init_noise_sigma))
-    assert (table.name, table.end) == ("EulerDiscreteScheduler-10", "zero")
-    assert from_diffusers(Case("DEISMultistepScheduler").make(10)).end == "min"
-    assert from_diffusers(Case("PNDMScheduler").make(10)).end == "min"
+    assert table.name == "EulerDiscreteScheduler-10"
+
+
+V, X0, TRAILING = ({"prediction_type": "v_prediction"}, {"prediction_type": "sample"}, {"timestep_spacing": "trailing"})
+TO_MIN = {"set_alpha_to_one": False}
+
+
+@pytest.mark.parametrize(
+    ("case", "steps", "end"),
+    [
+        (Case("EulerDiscreteScheduler"), 10, "zero"),
+        (Case("DEISMultistepScheduler"), 10, "min"),
+        (Case("PNDMScheduler"), 10, "min"),
+        (Case("PNDMScheduler", {"set_alpha_to_one": True}), 10, "zero"),
+        (Case("IPNDMScheduler"), 10, "zero"),
+        (Case("DDPMScheduler", {"variance_type": "fixed_large"}), 10, "zero"),
+        (Case("DPMSolverMultistepInverseScheduler"), 10, "min"),
+        (Case("DDIMInverseScheduler"), 10, "min"),
+        *((Case("DDIMScheduler", {**kind, **TRAILING}), 10, "zero") for kind in ({}, V, X0)),
+        *((Case("DDIMScheduler", {**kind, **TO_MIN}), 10, "min") for kind in ({}, V, X0)),
+        # With 7 steps stock's last one leads from 142 to 142 - 1000 // 7 = 0.
+        *((Case("DDIMScheduler", {**kind, **TRAILING}), 7, "min") for kind in ({}, V, X0)),
+        (Case("DDIMScheduler", TRAILING, {"eta": 1.0}), 7, "min"),
+        # These go to timestep 0, and to the data, whatever they are told.
+        *((Case("TCDScheduler", {"set_alpha_to_one": one}, {"eta": 0.3}), 10, "min") for one in (True, False)),
+        *((Case("LCMScheduler", {"set_alpha_to_one": one}), 10, "zero") for one in (True, False)),
+    ],
+    ids=str,
+)
+def test_the_end_is_what_the_last_step_makes(case: Case, steps: int, end: str) -> None:
+    assert Table.from_diffusers(case.make(steps), **case.options).end == end
+
+
+def test_score_sde_and_consistency_models_end_at_their_least_sigma() -> None:
+    """Score SDE's last step goes to the data and adds ``sigma_min`` of noise; a consistency function ends at ``sigma_min``,
+    so that what is there already is left as it is."""
+    score = Table.from_diffusers(Case("ScoreSdeVeScheduler", {"sigma_min": 0.02}).make(10), method="step_pred")
+    assert score.rows[-1, Step.Z] == pytest.approx(0.02)
+    consistency = Table.from_diffusers(Case("CMStochasticIterativeScheduler", {"num_train_timesteps": 10}).make(10))
+    assert consistency.rows[-1, [Step.A, Step.B, Step.P, Step.S, Step.Z]] == pytest.approx([1, 0, 0, 0, 0], abs=1e-5)
+    assert (score.end, consistency.end) == ("min", "min")
 
 
 def test_the_scheduler_and_torch_are_left_as_they_were() -> None:
     scheduler, draw = Case("DDPMScheduler").make(10), torch.randn
-    table = from_diffusers(scheduler)
+    table = Table.from_diffusers(scheduler)
     assert torch.randn is draw
     assert scheduler.config.clip_sample
-    assert np.array_equal(from_diffusers(scheduler).rows, table.rows)
-
-
-class OfNorms(diffusers.DDIMScheduler):
-    """Langevin steps of a length set by norms, as the corrector of `ScoreSdeVeScheduler` takes them."""
-
-    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor) -> Any:
-        corrector = named("ScoreSdeVeScheduler")()
-        corrector.set_timesteps(10)
-        corrector.timesteps = torch.ones(10)
-        return corrector.step_correct(model_output, sample)
-
-
-class OfManyOutputs(diffusers.DDIMScheduler):
-    """The sum of the last six network outputs."""
-
-    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor) -> Any:
-        self.seen = [*getattr(self, "seen", []), model_output][-6:]
-        return types.SimpleNamespace(prev_sample=sample + sum((i + 1.0) ** 2 * m for i, m in enumerate(self.seen)))
-
-
-class OfTwoNoises(diffusers.DDIMScheduler):
-    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor) -> Any:
-        return types.SimpleNamespace(prev_sample=sample + torch.randn_like(sample) + torch.randn(sample.shape))
-
-
-class OfHiddenNoise(diffusers.DDIMScheduler):
-    """Noise that is added one step after it is drawn."""
-
-    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor) -> Any:
-        drawn, self.drawn = getattr(self, "drawn", 0 * sample), torch.randn_like(sample)
-        return types.SimpleNamespace(prev_sample=sample + model_output + drawn)
-
-
-def stepped() -> Any:
-    scheduler = Case("HeunDiscreteScheduler").make(10)
-    x = torch.zeros(1, 1, 2, 2)
-    scheduler.step(x, scheduler.timesteps[0], scheduler.scale_model_input(x, scheduler.timesteps[0]))
-    return scheduler
-
-
-def unset(name: str) -> Any:
-    return named(name)()
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: Case("OfNorms").make(10), "OfNorms is not linear in its samples, outputs and noise"),
-        (lambda: Case("OfManyOutputs").make(10), "OfManyOutputs, at row ., reads 5 earlier tensors, 1 of them new"),
-        (lambda: Case("OfTwoNoises").make(10), "OfTwoNoises draws noise twice in a step"),
-        (lambda: Case("OfHiddenNoise").make(10), "OfHiddenNoise, at row 0, hides noise that a later row reads"),
-        (lambda: Case("DDPMScheduler", {"thresholding": True}).make(10), "DDPMScheduler thresholds x0 by a quantile"),
-        (lambda: Case("DPMSolverMultistepScheduler", {"thresholding": True}).make(10), "thresholds x0 by a quantile"),
-        (
-            lambda: Case("HeunDiscreteScheduler", {"clip_sample": True}).make(10),
-            "clips as a row cannot: switch its clip",
-        ),
-        (lambda: Case("DiscreteDDIMScheduler").make(10), "DiscreteDDIMScheduler is not linear"),
-        (lambda: Case("DDPMWuerstchenScheduler").make(10), "DDPMWuerstchenScheduler cannot be stepped at row 0"),
-        (
-            lambda: unset("RePaintScheduler"),
-            "RePaintScheduler.step needs .*original_image, mask: expected model_output",
-        ),
-        (lambda: unset("ScoreSdeVeScheduler"), "ScoreSdeVeScheduler has no step"),
-        (lambda: unset("DDIMScheduler"), "DDIMScheduler has no timesteps: call its set_timesteps first"),
-        (stepped, "HeunDiscreteScheduler has been stepped: call its set_timesteps again first"),
-        # Stock faults: the last step of bh1 divides by a step of infinite length; there is no third order of these.
-        (lambda: Case("UniPCMultistepScheduler", {"solver_type": "bh1"}).make(10), "is not finite at row 9 of 10"),
-        (
-            lambda: Case(
-                "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver", "solver_order": 3, **MIN}
-            ).make(10),
-            "cannot be stepped at row 2: cannot access local variable",
-        ),
-        (
-            lambda: Case(
-                "EDMDPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}
-            ).make(10),
-            "cannot be stepped at row 2: cannot access local variable",
-        ),
-    ],
-)
-def test_what_a_row_cannot_do_is_refused(make: Callable[[], Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        from_diffusers(make())
-
-
-def test_the_corrector_of_score_sde_is_refused() -> None:
-    with pytest.raises(
-        UserError, match="step_correct needs model_output, sample: expected model_output, timestep, sample"
-    ):
-        from_diffusers(Case("ScoreSdeVeScheduler").make(10), method="step_correct")
+    assert np.array_equal(Table.from_diffusers(scheduler).rows, table.rows)

@@ -10,7 +10,8 @@ from torch import Tensor
 import bdkernels
 from bdengine.errors import UserError
 from bdengine.schedule import SPACINGS, Schedule, grid, linear
-from bdengine.solvers import Nodes, SamplerConfig, Table, ddim, ddpm, stack
+from bdengine.solvers import SAMPLERS, Nodes, SamplerConfig, Table, ddim, ddpm, edm, score_sde, stack
+from bdengine.solvers.nodes import even
 
 PROCESS = linear()
 SHAPE = (1, 6, 6)
@@ -79,6 +80,27 @@ def test_latent_clip_bounds_every_state() -> None:
     for row, t in enumerate(table.timesteps):
         x = bdkernels.fused_step(x, network(x, t), rows, arm, torch.tensor(row), SEEDS)
         assert x.abs().max() <= 1
+
+
+EXPLODING = {
+    "edm": edm(Nodes.exploding(even(50.0, 0.01, 12), "edm")),
+    "ve": score_sde(Nodes.exploding(even(50.0, 0.01, 12))),
+}
+
+
+@pytest.mark.parametrize("name", [*SAMPLERS, *EXPLODING])
+def test_every_sampler_has_an_x0_to_clip(name: str) -> None:
+    table = EXPLODING.get(name) or SamplerConfig(name, 12).table(PROCESS)
+    ends = []
+    for one in (table, table.clipped("x0")):
+        rows, x = stack([one], torch.float64), 5 * one.start * start()
+        history = x.new_zeros((one.slots, *x.shape)) if one.slots else None
+        for row, t in enumerate(one.timesteps):
+            args = (x, network(x, t), rows, torch.zeros(2, dtype=torch.int64), torch.tensor(row), SEEDS)
+            bdkernels.fused_step_(*args, history=history)
+        ends.append(x)
+    assert ends[0].abs().max() > 1.5
+    assert ends[1].abs().max() < 1.1  # a multistep method may overshoot a little
 
 
 def test_grids() -> None:

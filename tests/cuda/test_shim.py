@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bdkernels import native, noise, reference, testing
+import bdkernels
+from bdkernels import NO_BAD_ROW, native, noise, reference, testing
 from bdkernels.columns import STEP_COLUMNS, STORE_COLUMNS, STORES, Step, Store
 from bdkernels.compiled import CompiledOps
 
@@ -23,7 +24,7 @@ ORDERS = ["0", "1", "2"]
 def ops(shim: ModuleType, monkeypatch: pytest.MonkeyPatch) -> CompiledOps:
     """CPU tensors run on the shim, in this file."""
     ops = CompiledOps(lambda: shim, lambda tensor: (0, 0))
-    for name in testing.OPS:
+    for name in (*testing.OPS, "bind_step"):
         monkeypatch.setattr(native, name, getattr(ops, name))
     monkeypatch.setattr(native, "available", lambda: True)
     return ops
@@ -87,6 +88,38 @@ def test_step_dtypes_and_layouts(x_dtype: torch.dtype, m_dtype: torch.dtype) -> 
         for x_last, m_last in ((False, False), (True, False), (False, True), (True, True)):
             changed = {"x": layout(case["x"], x_last), "model_output": layout(m, m_last)}
             testing.assert_matches_reference("fused_step_", case | changed)
+
+
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+def test_a_bound_loop(dtype: torch.dtype, each: bool) -> None:
+    """A row for the batch or one a sample; the dtype and the layout of the network's output change on the way."""
+    for seed, shape in enumerate(SHAPES):
+        case = testing.random_step_case(generator(seed), shape, dtype, seed % 3 > 0)
+        m, _ = case.pop("model_output"), case.pop("step")
+        steps = torch.randint(5, (6, shape[0]) if each else (6,), generator=generator(seed))
+        case["bad_row"] = torch.tensor(NO_BAD_ROW)
+        own, expected = ({k: None if v is None else v.clone() for k, v in case.items()} for _ in range(2))
+        bound = bdkernels.bind_step(steps=steps, **own)
+        for k, m_dtype in enumerate((dtype, *testing.DTYPES, dtype)):
+            output = layout((m * (k + 1)).to(m_dtype), channels_last=k % 2 == 1)
+            if k == 3:
+                output[-1, 0, 0, 0] = torch.nan
+            bound(output, k)
+            reference.fused_step_(model_output=output, step=steps[k], **expected)
+        for name in ("x", "bad_row", *(("history",) if own["history"] is not None else ())):
+            testing.assert_same_bits(name, own[name], expected[name])
+
+
+def test_a_bound_step_runs_where_torch_is_at_its_call(shim: ModuleType) -> None:
+    """Not where it was bound: a graph is captured on a stream of its own. The shim has device 0 alone."""
+    case = testing.random_step_case(generator(0), SHAPES[0]) | {"bad_row": None}
+    m, step = case.pop("model_output"), case.pop("step")
+    places = iter([(0, 0), (1, 0)])
+    bound = CompiledOps(lambda: shim, lambda tensor: next(places)).bind_step(lambda m: None, steps=step[None], **case)
+    bound(m, 0)
+    with pytest.raises(RuntimeError, match="CUDA refused"):
+        bound(m, 0)
 
 
 @pytest.mark.parametrize("shape", SHAPES[:2])

@@ -46,7 +46,7 @@ def exact_coefficient(schedule: Schedule, table: Table, shift: Floats) -> Floats
         )
     times = np.unique(table.timesteps)
     if len(times) == len(table):
-        at_nodes = _in_turn(table, _path(schedule, table, shift))[::-1]
+        at_nodes = _in_turn(table, path_of(schedule, table, shift))[::-1]
     else:
         at_nodes = _least_squares(schedule, table, shift, times)
     return np.interp(np.arange(schedule.T), times, at_nodes)
@@ -66,7 +66,7 @@ def departure(schedule: Schedule, table: Table, shift: Floats, coefficient: Floa
     return np.where(_settled(table), off, np.nan)
 
 
-def _path(schedule: Schedule, table: Table, shift: Floats) -> Floats:
+def path_of(schedule: Schedule, table: Table, shift: Floats) -> Floats:
     """``m_t`` before each row and after the last, float64 [rows + 1]."""
     return np.append(np.interp(table.timesteps, np.arange(schedule.T), shift), 0.0 if table.end == "zero" else shift[0])
 
@@ -111,7 +111,7 @@ def _in_turn(table: Table, path: Floats) -> Floats:
 
 def _follow(schedule: Schedule, table: Table, shift: Floats, c: NDArray[np.float64]) -> NDArray[np.float64]:
     """``u - m_t`` after each row, [rows, ...], for several ``c`` [rows, ...] at once."""
-    path, s = _path(schedule, table, shift), np.sqrt(1 - schedule.alpha_bar_at(table.timesteps))
+    path, s = path_of(schedule, table, shift), np.sqrt(1 - schedule.alpha_bar_at(table.timesteps))
     state, off = State(np.full(c.shape[1:], path[0])), []
     for k, row in enumerate(table.rows):
         state.advance(row, c[k] + (state.x - path[k]) / s[k])

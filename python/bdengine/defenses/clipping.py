@@ -9,10 +9,14 @@ table (`Table.clipped`), so they cost nothing and apply to any sampler.
 
 from __future__ import annotations
 
+from typing import Final
+
 from torch import Tensor
 
-from ..sampler import Arm
-from ..solvers import CLIPS, Table
+from ..arms import Arm
+from ..solvers import Clip, Table
+
+CLIPS: Final[tuple[Clip, ...]] = ("none", "latent", "x0")
 
 
 def arms(table: Table, trigger: Tensor | None) -> dict[tuple[str, str], Arm]:

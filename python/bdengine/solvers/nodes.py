@@ -6,8 +6,8 @@ Variance-preserving nodes have ``alpha = sqrt(alpha_bar)`` and ``sigma = sqrt(1 
 ``alpha = 1``. Every solver works in these coordinates, also those published in ``kappa`` and ``x / alpha``.
 
     native        the timesteps of a spacing (`bdengine.schedule.grid`)
-    karras        kappa^(1/7) evenly spaced (Karras et al. 2022, eq. 5)
-    exponential   lambda evenly spaced, as DPM-Solver's log-SNR grid (Lu et al. 2022)
+    karras        kappa^(1/7) evenly spaced from the most to the least noise of training (Karras et al. 2022, eq. 5)
+    exponential   lambda evenly spaced between the same ends, as DPM-Solver's log-SNR grid (Lu et al. 2022)
 """
 
 from __future__ import annotations
@@ -88,14 +88,20 @@ class Nodes:
             halved: So many of the first steps have a node in their middle.
 
         Raises:
-            UserError: ``steps`` outside 1..T, or an unknown spacing, kind of levels or end.
+            UserError: ``steps`` outside 1..T, an unknown spacing, kind of levels or end, or levels other than native on a
+                schedule that ends in pure noise.
         """
         for kind, value, known in (("kind of levels", levels, LEVELS), ("end", end, ENDS)):
             if value not in known:
                 raise unknown(kind, value, known)
         times = grid(schedule.T, steps, spacing).astype(np.float64)
         if levels != "native":
-            times = schedule.time_at(_levels(schedule.kappa_at(times), levels))
+            if schedule.alpha_bar[-1] == 0:
+                raise UserError(
+                    f"{levels} levels start at infinity on a schedule of zero terminal SNR: expected native ones"
+                )
+            most, least = schedule.kappa_at(np.array([schedule.T - 1.0, 0.0]))
+            times = schedule.time_at({"karras": karras, "exponential": even}[levels](most, least, steps))
         middles = (times[:halved] + times[1 : halved + 1]) / 2
         times = np.insert(times, np.arange(1, len(middles) + 1), middles)
         alpha_bar = np.append(schedule.alpha_bar_at(times), 1.0 if end == "zero" else schedule.alpha_bar[0])
@@ -168,10 +174,6 @@ def check_order(order: int, most: int) -> None:
     """
     if order not in range(1, most + 1):
         raise UserError(f"the order is {order}: expected 1 to {most}")
-
-
-def _levels(kappa: Floats, levels: Levels) -> Floats:
-    return karras(kappa[0], kappa[-1], len(kappa)) if levels == "karras" else even(kappa[0], kappa[-1], len(kappa))
 
 
 def karras(first: float, last: float, count: int) -> Floats:

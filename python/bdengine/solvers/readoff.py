@@ -27,8 +27,8 @@ from torch import Tensor
 from bdkernels import HISTORY_SLOTS, STORE_COLUMNS, STORES, Step, Store
 
 from ..errors import UserError
-from ..schedule import Floats
-from .table import Table, blank
+from ..schedule import PREDICTIONS, Floats
+from .table import End, Table, blank
 
 _DOUBLE, _SINGLE = 1e-11, 1e-6  # relative errors of a scheduler that keeps to float64, and of one that casts to float32
 _ARGUMENTS: Final = ["model_output", "timestep", "sample"]
@@ -42,32 +42,38 @@ _SOURCES: Final = {
 _X, _M, _Z = HISTORY_SLOTS, HISTORY_SLOTS + 1, HISTORY_SLOTS + 2  # columns after those of the slots
 
 
-def from_diffusers(scheduler: Any, *, method: str = "step", **options: Any) -> Table:
-    """The table of ``scheduler``, as exact as its own arithmetic; the scheduler is left as it was.
-
-    One row is one entry of ``scheduler.timesteps``, and its noise is drawn once. The table starts from ``init_noise_sigma``.
-    A scheduler with ``clip_sample`` whose rows are ``P x + Q clamp(A x + B m) + S m + Z z`` is read in that form, clamped if
-    it clamps; of all others ``A``, ``B`` and ``Q`` are zero. While it reads, drawing normal noise is patched for the process.
-
-    Args:
-        scheduler: After ``set_timesteps`` and before its first step.
-        method: What steps it, with the arguments of ``step`` ("step_pred").
-        options: Further arguments of the method (``eta=0.5``).
-
-    Raises:
-        UserError: It is not linear, clips as no row can, needs more history than a row can keep, or other arguments.
-    """
+def read_off(scheduler: Any, method: str, options: dict[str, Any]) -> Table:
+    """See `Table.from_diffusers`."""
     run = _Run(scheduler, method, options)
     response, scales, precision = run.read()
     rows = blank(range(len(scales)))
     rows[:, Step.IN], rows[:, Step.TIME] = scales, [float(t) for t in scheduler.timesteps]
     _fill(rows, response, precision, run.name)
     run.carry_clip(rows, precision)
-    sigmas = getattr(scheduler, "sigmas", None)
-    falling = sigmas is not None and 0 < float(sigmas[-1]) < float(sigmas[0])
-    least = falling or scheduler.config.get("set_alpha_to_one") is False
     start = float(getattr(scheduler, "init_noise_sigma", 1.0))
-    return Table(rows, f"{run.name}-{len(rows)}", start, "min" if least else "zero")
+    return Table(rows, f"{run.name}-{len(rows)}", start, _end(scheduler, response[-1]))
+
+
+def _end(scheduler: Any, last: Floats) -> End:
+    """What the last step makes.
+
+    Where there are no sigmas to tell, it is the noise that the step leaves of ``alpha x0 + sigma eps`` when the network knows
+    ``eps``: ``set_alpha_to_one`` is not obeyed by LCM and TCD, nor by DDIM where the number of steps does not divide ``T``.
+
+    Args:
+        last: Its coefficients in all samples, outputs and noise, [3, steps].
+    """
+    if getattr(scheduler, "sigmas", None) is not None:
+        return "min" if scheduler.sigmas[-1] > 0 else "zero"
+    prediction = scheduler.config.get("prediction_type", "epsilon")
+    if prediction not in PREDICTIONS or not hasattr(scheduler, "alphas_cumprod"):
+        return "zero"
+    alpha_bar = scheduler.alphas_cumprod.double().numpy()
+    alpha, sigma = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
+    at = scheduler.timesteps.long().numpy()
+    eps_in_m = {"epsilon": np.ones_like(alpha), "v_prediction": alpha, "sample": np.zeros_like(alpha)}[prediction]
+    left = np.hypot(last[0] @ sigma[at] + last[1] @ eps_in_m[at], np.linalg.norm(last[2]))
+    return "min" if left > sigma[0] / 2 else "zero"
 
 
 class _Noise:

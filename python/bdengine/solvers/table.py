@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from bdkernels import HISTORY_SLOTS, STEP_COLUMNS, STORE_COLUMNS, STORES, Step, 
 
 from ..errors import UserError, unknown
 
-Clip = Literal["none", "latent", "x0"]
+Clip = Literal["none", "latent", "x0", "dynamic"]
 CLIPS: Final = get_args(Clip)
 End = Literal["zero", "min"]
 
@@ -26,9 +26,15 @@ class Table:
     Attributes:
         rows: float64 [rows, STEP_COLUMNS].
         name: What made it ("ddpm-50").
-        start: Scale of the initial state, ``x_T = start (eps + r)``.
-        end: What the last row makes: the data, or a sample at the least noise of training.
+        start: Scale of the initial state, ``x_T = start (gamma eps + r)``.
+        gamma: Scale of the noise, 1 but for shifted processes.
+        log_variance: Ends of the log variance that a network chooses between, float64 [rows, 2]; its noise is in slot 0.
+        dynamic: Whether ``x0`` is thresholded by a quantile.
+        end: What the last row makes: the data, or a sample that still has noise, as a rule the least of training.
         corrector: Signal-to-noise ratio of each row that is a Langevin corrector's, 0 for ordinary ones, float64 [rows].
+        gamma: Scale of the noise, 1 but for shifted processes.
+        log_variance: Ends of the log variance that the network chooses between, float64 [rows, 2]; its noise is in slot 0.
+        dynamic: Whether ``x0`` is thresholded by a quantile.
     """
 
     rows: NDArray[np.float64]
@@ -36,6 +42,9 @@ class Table:
     start: float = 1.0
     end: End = "zero"
     corrector: NDArray[np.float64] | None = None
+    gamma: float = 1.0
+    log_variance: NDArray[np.float64] | None = None
+    dynamic: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -53,16 +62,78 @@ class Table:
         written = int(self.rows[:, slot_columns].max(initial=-1))
         return max([written, *used], default=-1) + 1
 
+    @staticmethod
+    def from_diffusers(scheduler: Any, *, method: str = "step", **options: Any) -> Table:
+        """The table of any linear diffusers ``scheduler``, as exact as its own arithmetic; the scheduler is left as it was.
+
+        One row is one entry of ``scheduler.timesteps``, and its noise is drawn once. The table starts from
+        ``init_noise_sigma``. A scheduler with ``clip_sample`` whose rows are ``P x + Q clamp(A x + B m) + S m + Z z`` is read
+        in that form, clamped if it clamps; of all others ``A``, ``B`` and ``Q`` are zero. While it reads, drawing normal noise
+        is patched for the process.
+
+        Args:
+            scheduler: After ``set_timesteps`` and before its first step.
+            method: What steps it, with the arguments of ``step`` ("step_pred").
+            options: Further arguments of the method (``eta=0.5``).
+
+        Raises:
+            UserError: It is not linear, clips as no row can, needs more history than a row can keep, or other arguments.
+        """
+        from .readoff import read_off  # which makes tables
+
+        return read_off(scheduler, method, options)
+
     def clipped(self, clip: Clip) -> Table:
-        """The same sampler with ``clip``: see `bdengine.defenses.clipping`."""
+        """The same sampler with ``clip``: see `bdengine.defenses.clipping`, and `bdengine.sampler.thresholded` for "dynamic".
+
+        Raises:
+            UserError: An unknown clip, or one of ``x0`` for a table that was read off without one.
+        """
         if clip not in CLIPS:
             raise unknown("clip", clip, CLIPS)
         rows = self.rows.copy()
         if clip == "latent":
             rows[:, Step.LOW], rows[:, Step.HIGH] = -1, 1
-        elif clip == "x0":
-            rows[:, Step.LOW0], rows[:, Step.HIGH0] = -1, 1
-        return replace(self, rows=rows, name=self.name if clip == "none" else f"{self.name}+{clip}-clip")
+        elif clip != "none":
+            if not rows[:, [Step.Q, *(Step.STORE + k * STORE_COLUMNS + Store.G for k in range(STORES))]].any():
+                raise UserError(
+                    f"{self.name} has no x0 in its rows: expected one of bdengine's own samplers or a scheduler that can"
+                    " clip_sample; a latent clip works on any"
+                )
+            if clip == "x0":
+                rows[:, Step.LOW0], rows[:, Step.HIGH0] = -1, 1
+        return replace(
+            self,
+            rows=rows,
+            dynamic=self.dynamic or clip == "dynamic",
+            name=self.name if clip == "none" else f"{self.name}+{clip}-clip",
+        )
+
+    def shifted(self, path: NDArray[np.float64], gamma: float = 1.0) -> Table:
+        """The sampler of ``x = v + m_t r`` where ``v`` is this sampler's own state: the trigger ``r`` in every step.
+
+        The network predicts ``eps`` of ``x_t = sqrt(alpha_bar_t) y + s_t gamma eps + m_t r``. TrojDiff's reverse processes are
+        DDPM and DDIM with ``m_t = s_t`` (Chen et al. 2023, eq. 9 and algorithm 2); this is that of any sampler.
+
+        Args:
+            path: ``m_t`` before each row and after the last, float64 [rows + 1].
+            gamma: Scale of the noise.
+        """
+        rows, of_slot = self.rows.copy(), np.zeros(HISTORY_SLOTS)
+        rows[:, [Step.B, Step.S, Step.Z]] *= gamma
+        for row, now, after in zip(rows, path[:-1], path[1:], strict=True):
+            row[Step.D] = -row[Step.A] * now
+            row[Step.R] = after - row[Step.P] * now - row[Step.H : Step.H + HISTORY_SLOTS] @ of_slot
+            stored = of_slot.copy()
+            for k in range(STORES):
+                store = row[Step.STORE + k * STORE_COLUMNS :][:STORE_COLUMNS]
+                store[Store.F] *= gamma
+                if (slot := int(store[Store.SLOT])) >= 0:
+                    kept = store[Store.J : Store.J + HISTORY_SLOTS] @ of_slot
+                    stored[slot] = store[Store.E] * now + kept + store[Store.K] * after
+            of_slot = stored
+        learned = None if self.log_variance is None else self.log_variance + 2 * np.log(gamma)
+        return replace(self, rows=rows, name=f"{self.name}+shift", gamma=gamma, log_variance=learned)
 
 
 def blank(timesteps: Sequence[float]) -> NDArray[np.float64]:

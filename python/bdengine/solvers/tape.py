@@ -6,13 +6,14 @@
         tape.advance(p * x + q * x0, noise)                                  x' = clamp(p x + q x0 + noise z)
 
 ``x``, ``m`` and ``x0`` are symbols of their row; sums of them, also of those of earlier rows, are written with + - * /.
-What a later row reads is kept in a history slot from the row that made it to the last that reads it. A sum over several
-earlier symbols that is needed again is named by `Tape.keep`, which keeps one tensor in their place.
+What a later row reads is kept in a history slot from the row that made it to the last that reads it; symbols of one row that
+only one later row reads, as their sum. A sum over several earlier symbols that is needed again is named by `Tape.keep`,
+which keeps one tensor in their place.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from bdkernels import HISTORY_SLOTS, STORE_COLUMNS, STORES, Step, Store
@@ -59,7 +60,7 @@ class _Row:
     b: float
     scale: float
     time: float
-    after: Sum | None = None
+    after: Sum = field(default_factory=lambda: Sum({}))
     noise: float = 0.0
 
 
@@ -99,12 +100,12 @@ class Tape:
         Raises:
             AssertionError: The sampler needs more slots, or stores a row, than the kernel has.
         """
+        self._merge()
         rows = blank([line.time for line in self._rows])
         kept = self._last_uses()
         slots: list[Symbol | None] = [None] * HISTORY_SLOTS
         for k, (row, line) in enumerate(zip(rows, self._rows, strict=True)):
             row[[Step.A, Step.B, Step.IN, Step.Z]] = line.a, line.b, line.scale, line.noise
-            assert line.after is not None
             for symbol, value in self._here(line.after, k).terms.items():
                 row[_NEXT[symbol.name] if symbol.row == k else Step.H + slots.index(symbol)] += value
             read = list(slots)
@@ -120,6 +121,23 @@ class Tape:
                     store[_KEPT[part.name] if part.row == k else Store.J + read.index(part)] += value
         return Table(rows, self.name, end=self.end)
 
+    def _merge(self) -> None:
+        """Keep symbols of one row that the same one row reads as their sum: a slot less to write and to read."""
+        readers: dict[Symbol, set[int | None]] = {}
+        for symbol, value in self._kept.items():
+            for s in value.terms:
+                readers.setdefault(s, set()).update([None] if s.row < symbol.row else [])
+        for k, line in enumerate(self._rows):
+            for s in line.after.terms:
+                readers.setdefault(s, set()).update([k] if s.row < k else [])
+        for k, line in enumerate(self._rows):
+            for row in sorted({s.row for s in line.after.terms} - {k}):
+                group = {s: v for s, v in line.after.terms.items() if s.row == row}
+                if len(group) > 1 and all(who <= {k} for s, who in readers.items() if s.row == row):
+                    symbol = Symbol(row, str(len(self._kept)))
+                    self._kept[symbol] = Sum(group)
+                    line.after = Sum({s: v for s, v in line.after.terms.items() if s.row != row} | {symbol: 1.0})
+
     def _here(self, value: Sum, row: int) -> Sum:
         """``value`` with the sums that are kept in this row, and so in no slot yet, written out."""
         out = Sum({})
@@ -132,9 +150,7 @@ class Tape:
         """The last row that reads each symbol of an earlier row."""
         used: dict[Symbol, int] = {}
         for k in reversed(range(len(self._rows))):
-            after = self._rows[k].after
-            assert after is not None
-            values = [self._here(after, k)]
+            values = [self._here(self._rows[k].after, k)]
             values += [self._here(v, k) for s, v in self._kept.items() if s.row == k and s in used]
             for value in values:
                 for symbol in value.terms:

@@ -1,0 +1,63 @@
+"""The sampler that a checkpoint's own scheduler is, also one that this engine has no table for: read off, or by its formula.
+
+ScoreSdeVeScheduler     sigma_k = sigma_min (sigma_max / sigma_min)^u_k, u even from 1 to sampling_eps; `solvers.score_sde`
+                        with its corrector, whose step is not linear
+any other               `Table.from_diffusers`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+
+from .errors import UserError, unknown
+from .solvers import Nodes, Table, score_sde
+
+OWN: Final = "own"
+"""The name of this sampler on the command line."""
+_VE: Final = "ScoreSdeVeScheduler"
+
+
+def is_preserving(config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler's configuration is one of betas, for which the engine's own samplers are."""
+    return "beta_schedule" in config or config.get("trained_betas") is not None
+
+
+def in_unit_range(config: Mapping[str, Any]) -> bool:
+    """Whether the images lie in [0, 1] instead of [-1, 1], as in score-SDE's pipeline."""
+    return config.get("_class_name") == _VE
+
+
+def own_table(config: Mapping[str, Any], steps: int) -> Table:
+    """The table of the diffusers scheduler that ``config`` describes.
+
+    Args:
+        config: As in ``scheduler_config.json``.
+        steps: Of its ``set_timesteps``.
+
+    Raises:
+        UserError: No such scheduler, one that cannot take so many steps, or one that no table can say.
+    """
+    import diffusers
+
+    name = str(config.get("_class_name", "DDPMScheduler")).removeprefix("Fused")
+    known = [one for one in dir(diffusers) if one.endswith("Scheduler") and not one.startswith("Flax")]
+    if name not in known:
+        raise unknown("diffusers scheduler", name, known)
+    if steps < 1:
+        raise UserError(f"steps is {steps}: expected at least 1")
+    scheduler = getattr(diffusers, name).from_config(dict(config))
+    if name == _VE:
+        at = scheduler.config
+        u = np.linspace(1, at.sampling_eps, steps)
+        sigmas = at.sigma_min * (at.sigma_max / at.sigma_min) ** u
+        return score_sde(Nodes.exploding(sigmas), corrector_steps=at.correct_steps, snr=at.snr)
+    try:
+        scheduler.set_timesteps(steps)
+    except (ValueError, TypeError) as reason:
+        raise UserError(
+            f"{name} cannot make {steps} timesteps ({reason}): expected another number of steps"
+        ) from reason
+    return Table.from_diffusers(scheduler)
