@@ -163,7 +163,14 @@ def test_samples_at_other_depths_share_a_batch() -> None:
     ("arms", "sentence"),
     [
         ({}, "no arms were given"),
-        ({"a": Arm(ddim(Nodes.of(PROCESS, 4)), torch.zeros(3, 8, 8))}, r"trigger of arm 'a' has shape \(3, 8, 8\)"),
+        (
+            {"a": Arm(ddim(Nodes.of(PROCESS, 4)), torch.zeros(3, 8, 8))},
+            r"trigger of arm 'a' is float32 \(3, 8, 8\): expected float32 \(1, 8, 8\)",
+        ),
+        (
+            {"a": Arm(ddim(Nodes.of(PROCESS, 4)), region=PATCH.float())},
+            r"region of arm 'a' is float32 \(1, 8, 8\): expected bool \(1, 8, 8\)",
+        ),
         ({"a": Arm(ddim(Nodes.of(PROCESS, 4)), region=PATCH)}, "arm 'a' has a region without a sampler inside"),
         (
             {"a": Arm(ddim(Nodes.of(PROCESS, 4)), None, ddim(Nodes.of(PROCESS, 4, "leading")), PATCH)},

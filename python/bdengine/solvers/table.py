@@ -17,6 +17,8 @@ from ..errors import UserError, unknown
 Clip = Literal["none", "latent", "x0", "dynamic"]
 CLIPS: Final = get_args(Clip)
 End = Literal["zero", "min"]
+SLOTS: Final = [Step.STORE + k * STORE_COLUMNS + Store.SLOT for k in range(STORES)]
+"""Columns of a row that say where it stores."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,9 +34,6 @@ class Table:
         dynamic: Whether ``x0`` is thresholded by a quantile.
         end: What the last row makes: the data, or a sample that still has noise, as a rule the least of training.
         corrector: Signal-to-noise ratio of each row that is a Langevin corrector's, 0 for ordinary ones, float64 [rows].
-        gamma: Scale of the noise, 1 but for shifted processes.
-        log_variance: Ends of the log variance that the network chooses between, float64 [rows, 2]; its noise is in slot 0.
-        dynamic: Whether ``x0`` is thresholded by a quantile.
     """
 
     rows: NDArray[np.float64]
@@ -58,8 +57,7 @@ class Table:
     def slots(self) -> int:
         """History slots that the rows read or write."""
         used = [j for j in range(HISTORY_SLOTS) if self.rows[:, Step.H + j].any()]
-        slot_columns = [Step.STORE + k * STORE_COLUMNS + Store.SLOT for k in range(STORES)]
-        written = int(self.rows[:, slot_columns].max(initial=-1))
+        written = int(self.rows[:, SLOTS].max(initial=-1))
         return max([written, *used], default=-1) + 1
 
     @staticmethod
@@ -140,7 +138,7 @@ def blank(timesteps: Sequence[float]) -> NDArray[np.float64]:
     """Rows that do nothing: no terms, no clamps, no stores; float64 [len(timesteps), STEP_COLUMNS]."""
     rows = np.zeros((len(timesteps), STEP_COLUMNS))
     rows[:, [Step.LOW0, Step.LOW]], rows[:, [Step.HIGH0, Step.HIGH]] = -np.inf, np.inf
-    rows[:, [Step.STORE + k * STORE_COLUMNS + Store.SLOT for k in range(STORES)]] = -1
+    rows[:, SLOTS] = -1
     rows[:, Step.IN], rows[:, Step.TIME] = 1, timesteps
     return rows
 
