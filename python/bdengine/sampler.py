@@ -175,6 +175,7 @@ def learned_noise(v: Tensor | None, low: Tensor, high: Tensor, z: Tensor) -> Ten
 def thresholded(m: Tensor, known: Tensor, b: Tensor) -> Tensor:
     """The network output with which ``x0 = known + b m`` is thresholded: clamped to its sample's bound, over the bound.
 
+    What is made of the output itself changes with it, as DDIM's ``eps`` does with diffusers' ``use_clipped_model_output``.
     The bound is the `QUANTILE` of ``|x0|``, at least 1. Source: Saharia et al. 2022 (Imagen), section 2.3.
 
     Args:
