@@ -199,17 +199,29 @@ class BoundStep:
     ) -> None:
         tensors = (trigger, region, arm_inside, history)
         self._step = _fused_step(x, x, table, arm, steps, len(steps), seeds, *tensors, True, bad_row)
-        self._alive = (x, table, arm, steps, seeds, *tensors, bad_row)
+        # Aliases: where one is assigned other memory (``.data``), what the step points at stays alive.
+        self._alive = [t.detach() for t in (x, table, arm, steps, seeds, *tensors, bad_row) if t is not None]
+        self._written = [t for t in (x, history, bad_row) if t is not None]
+        self._places = [t.data_ptr() for t in self._written]
         self._check = check
         self._seen: tuple[object, ...] = ()
         self._format = 0
 
     def __call__(self, model_output: Tensor, k: int) -> None:
-        seen = (model_output.shape, model_output.stride(), model_output.dtype, model_output.is_cpu)
+        if [t.data_ptr() for t in self._written] != self._places:
+            raise ValueError("x, history or bad_row was resized or moved since bind_step: expected another bind_step")
+        seen = (
+            model_output.shape,
+            model_output.stride(),
+            model_output.dtype,
+            model_output.is_cpu,
+            model_output.requires_grad and torch.is_grad_enabled(),
+        )
         if seen != self._seen:
             self._check(model_output)
             self._seen, self._format = seen, _view(model_output)[1]
         self._step(model_output.data_ptr(), self._format, k)
+        torch.autograd.graph.increment_version(self._written)
 
 
 def fused_noising(
