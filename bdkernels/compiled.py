@@ -33,26 +33,39 @@ def _address(tensor: Tensor | None) -> int:
 
 
 class BoundStep:
-    """``step`` for model outputs that are checked where they differ in kind from the last; keeps ``rest`` alive."""
+    """``step`` on tensors that it ``writes`` and ``reads``; ``check`` is asked where a model output is of another kind."""
 
     def __init__(
         self,
         step: Callable[[int, int, int, Any], None],
         place: Callable[[Tensor], Any],
         check: Callable[[Tensor], None],
-        x: Tensor,
-        rest: tuple[Tensor | None, ...],
+        writes: Sequence[Tensor | None],
+        reads: Sequence[Tensor | None],
     ) -> None:
-        self._step, self._place, self._check, self._x, self._rest = step, place, check, x, rest
+        self._step, self._place, self._check = step, place, check
+        # Aliases: where one is assigned other memory (``.data``), what the step points at stays alive.
+        self._alive = [t.detach() for t in (*writes, *reads) if t is not None]
+        self._written = [t for t in writes if t is not None]
+        self._addresses = [t.data_ptr() for t in self._written]
         self._seen: tuple[object, ...] = ()
         self._format = 0
 
     def __call__(self, model_output: Tensor, k: int) -> None:
-        seen = (model_output.shape, model_output.stride(), model_output.dtype, model_output.device)
+        if [t.data_ptr() for t in self._written] != self._addresses:
+            raise ValueError("x, history or bad_row was resized or moved since bind_step: expected another bind_step")
+        seen = (
+            model_output.shape,
+            model_output.stride(),
+            model_output.dtype,
+            model_output.device,
+            model_output.requires_grad and torch.is_grad_enabled(),
+        )
         if seen != self._seen:
             self._check(model_output)
             self._seen, self._format = seen, _view(model_output)[1]
-        self._step(model_output.data_ptr(), self._format, k, self._place(self._x))
+        self._step(model_output.data_ptr(), self._format, k, self._place(model_output))
+        torch.autograd.graph.increment_version(self._written)
 
 
 class CompiledOps:
@@ -159,9 +172,9 @@ class CompiledOps:
         bad_row: Tensor | None,
     ) -> BoundStep:
         """See `bdkernels.bind_step`; ``check`` refuses a model output that does not go with ``x``."""
-        tensors = (trigger, region, arm_inside, history)
-        step = self._step(x, x, table, arm, steps, len(steps), seeds, *tensors, True, bad_row)
-        return BoundStep(step, self._place, check, x, (table, arm, steps, seeds, *tensors, bad_row))
+        images = (trigger, region, arm_inside)
+        step = self._step(x, x, table, arm, steps, len(steps), seeds, *images, history, True, bad_row)
+        return BoundStep(step, self._place, check, (x, history, bad_row), (table, arm, steps, seeds, *images))
 
     def fused_noising(
         self,
