@@ -201,14 +201,16 @@ class BoundStep:
         self._step = _fused_step(x, x, table, arm, steps, len(steps), seeds, *tensors, True, bad_row)
         # Aliases: where one is assigned other memory (``.data``), what the step points at stays alive.
         self._alive = [t.detach() for t in (x, table, arm, steps, seeds, *tensors, bad_row) if t is not None]
-        self._written = [t for t in (x, history, bad_row) if t is not None]
-        self._places = [t.data_ptr() for t in self._written]
+        written = [t for t in (x, history, bad_row) if t is not None]
+        self._versioned = [t for t in written if not t.is_inference()]  # what autograd may have saved
+        self._x, self._history, self._bad_row = (x if t is None else t for t in (x, history, bad_row))
+        self._places = self._x.data_ptr(), self._history.data_ptr(), self._bad_row.data_ptr()
         self._check = check
         self._seen: tuple[object, ...] = ()
         self._format = 0
 
     def __call__(self, model_output: Tensor, k: int) -> None:
-        if [t.data_ptr() for t in self._written] != self._places:
+        if (self._x.data_ptr(), self._history.data_ptr(), self._bad_row.data_ptr()) != self._places:
             raise ValueError("x, history or bad_row was resized or moved since bind_step: expected another bind_step")
         seen = (
             model_output.shape,
@@ -221,7 +223,8 @@ class BoundStep:
             self._check(model_output)
             self._seen, self._format = seen, _view(model_output)[1]
         self._step(model_output.data_ptr(), self._format, k)
-        torch.autograd.graph.increment_version(self._written)
+        if self._versioned:
+            torch.autograd.graph.increment_version(self._versioned)
 
 
 def fused_noising(
