@@ -46,13 +46,16 @@ class BoundStep:
         self._step, self._place, self._check = step, place, check
         # Aliases: where one is assigned other memory (``.data``), what the step points at stays alive.
         self._alive = [t.detach() for t in (*writes, *reads) if t is not None]
-        self._written = [t for t in writes if t is not None]
-        self._addresses = [t.data_ptr() for t in self._written]
+        written = [t for t in writes if t is not None]
+        self._versioned = [t for t in written if not t.is_inference()]  # those that autograd may have saved
+        self._first, self._middle, self._last = written[0], written[len(written) // 2], written[-1]
+        self._addresses = tuple(t.data_ptr() for t in (self._first, self._middle, self._last))
         self._seen: tuple[object, ...] = ()
         self._format = 0
 
     def __call__(self, model_output: Tensor, k: int) -> None:
-        if [t.data_ptr() for t in self._written] != self._addresses:
+        # Three at most are written; spelled out, since a list would cost a third of the call.
+        if (self._first.data_ptr(), self._middle.data_ptr(), self._last.data_ptr()) != self._addresses:
             raise ValueError("x, history or bad_row was resized or moved since bind_step: expected another bind_step")
         seen = (
             model_output.shape,
@@ -65,7 +68,8 @@ class BoundStep:
             self._check(model_output)
             self._seen, self._format = seen, _view(model_output)[1]
         self._step(model_output.data_ptr(), self._format, k, self._place(model_output))
-        torch.autograd.graph.increment_version(self._written)
+        if self._versioned:
+            torch.autograd.graph.increment_version(self._versioned)
 
 
 class CompiledOps:
