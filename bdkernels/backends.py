@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, Final
 
 import torch
@@ -39,9 +38,8 @@ _forced: str | None = _valid(os.environ.get("BDK_BACKEND") or None, "BDK_BACKEND
 
 @cache
 def _gpu_module(name: str) -> Any:
-    """``bdkernels.triton`` or ``bdkernels.cuda``, imported on first use; None where this build has no such module."""
-    path = f"{__package__}.{name}"
-    return import_module(path) if find_spec(path) else None
+    """``bdkernels.triton`` or ``bdkernels.cuda``, imported on first use."""
+    return import_module(f"{__package__}.{name}")
 
 
 def _module(name: str) -> Any:
@@ -51,8 +49,6 @@ def _module(name: str) -> Any:
 def missing(name: str) -> str:
     """Why a backend is not present and what to install, in one sentence; empty where it is present."""
     module = _module(name)
-    if module is None:
-        return f"bdkernels.{name} is not part of this build: install one that has it"
     return "" if module is reference or module.available() else str(module.reason())
 
 
