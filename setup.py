@@ -1,12 +1,21 @@
-"""Builds `bdkernels._native` where there is a C++ compiler. Without one the install succeeds, on the reference backend.
+"""Builds `bdkernels._native` where there is a C++ compiler, and `bdkernels._cuda` where there is nvcc as well.
 
-`pip install .`, or `python setup.py build_ext --inplace` in a checkout. torch is not needed to build.
+Without them the install succeeds, on the reference backend. `pip install .`, or `python setup.py build_ext --inplace` in
+a checkout. Neither torch nor a GPU is needed to build.
+
+``BDK_CUDA_ARCHS="80;90"`` builds for these compute capabilities alone, ``BDK_CUDA=0`` leaves CUDA out. nvcc is looked for
+on PATH, then in ``CUDA_HOME``.
 """
 
 from __future__ import annotations
 
+import os
 import platform
+import re
+import shutil
+import subprocess
 from glob import glob
+from pathlib import Path
 
 from pybind11 import get_include
 from setuptools import Extension, find_packages, setup
@@ -39,8 +48,49 @@ if X86_64:
     SOURCES += ["cpu/rows_avx2.cpp", "cpu/rows_avx512.cpp"]
 
 
+# Unfused, correctly rounded, subnormals kept: the bits of every other backend.
+NVCC_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fmad=false",
+    "-prec-div=true",
+    "-prec-sqrt=true",
+    "-ftz=false",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+    "--threads=0",
+]
+CUDA_SOURCES = ["cuda/step.cu", "cuda/training.cu", "cuda/runtime.cpp"]
+# T4; A100; A10 and RTX 30; L4 and RTX 40; H100; B200; RTX 50. Newer devices compile the PTX of the last.
+CUDA_ARCHS = ["75", "80", "86", "89", "90", "100", "120"]
+
+
+def find_nvcc() -> str | None:
+    """Path of nvcc, None where there is none or it is not wanted."""
+    if os.environ.get("BDK_CUDA") == "0":
+        return None
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc") or (shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None)
+
+
+def gencode(nvcc: str) -> list[str]:
+    """nvcc's words for machine code of each arch that is wanted, and PTX of the newest for devices after it."""
+    if chosen := os.environ.get("BDK_CUDA_ARCHS"):
+        numbers = sorted(chosen.split(";"), key=int)
+    else:
+        known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+        numbers = [n for n in CUDA_ARCHS if f"sm_{n}" in known]  # CUDA 12.0 ends at 90
+    machine = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
+    return [*machine, f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}"]
+
+
+def cuda_library_dirs(nvcc: str) -> list[str]:
+    """Where nvcc finds ``libcudart_static.a``, in its own words: on PATH there may be a wrapper only."""
+    said = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=True).stderr
+    return re.findall(r'"-L([^"]+)"', said)
+
+
 class BuildNative(build_ext):
-    """Compiles each file with flags of its own; a failure is reported, not raised, as the extension is optional."""
+    """Compiles each file with flags of its own; a failure is reported, not raised, as the extensions are optional."""
 
     def build_extension(self, ext: Extension) -> None:
         compile_one = self.compiler._compile
@@ -53,27 +103,56 @@ class BuildNative(build_ext):
 
         self.compiler._compile = with_file_flags
         try:
+            if ext is CUDA:
+                ext.extra_objects = self.compile_kernels(NVCC)
+                ext.library_dirs = cuda_library_dirs(NVCC)
             super().build_extension(ext)
         except Exception as error:
-            print(f"bdkernels._native was not built: bdkernels will run on its reference backend in torch ({error})")
+            print(f"{ext.name} was not built: bdkernels will run without it ({error})")
         finally:
             self.compiler._compile = compile_one
 
+    def compile_kernels(self, nvcc: str) -> list[str]:
+        """The objects that nvcc makes; pybind11 is left to the C++ compiler, or it would be read once an arch."""
+        archs = gencode(nvcc)
+        objects = []
+        for source in CUDA_SOURCES:
+            made = Path(self.build_temp, "csrc", source).with_suffix(".o")
+            made.parent.mkdir(parents=True, exist_ok=True)
+            include = ["-I", "csrc", "-I", "csrc/include"]
+            subprocess.run([nvcc, *NVCC_FLAGS, *archs, *include, "-c", f"csrc/{source}", "-o", made], check=True)
+            objects.append(str(made))
+        return objects
+
+
+HEADERS = [file for pattern in ("*.h", "*.cuh") for file in sorted(glob(f"csrc/**/{pattern}", recursive=True))]
+INCLUDE = ["csrc", "csrc/include", get_include()]
+
+NATIVE = Extension(
+    "bdkernels._native",
+    [f"csrc/{source}" for source in SOURCES],
+    include_dirs=INCLUDE,
+    depends=HEADERS,
+    extra_compile_args=FLAGS,
+    language="c++",
+    optional=True,
+)
+NVCC = find_nvcc()
+CUDA = NVCC and Extension(
+    "bdkernels._cuda",
+    ["csrc/bindings/cuda_module.cpp"],
+    include_dirs=INCLUDE,
+    libraries=["cudart_static", "dl", "pthread", "rt"],
+    depends=[*HEADERS, *(f"csrc/{source}" for source in CUDA_SOURCES)],
+    extra_compile_args=FLAGS,
+    language="c++",
+    optional=True,
+)
 
 setup(
     packages=[*find_packages(include=["bdkernels*"]), *find_packages("python")],
     package_dir={"bdengine": "python/bdengine"},
     package_data={"bdengine": ["assets/**/*"]},
-    ext_modules=[
-        Extension(
-            "bdkernels._native",
-            [f"csrc/{source}" for source in SOURCES],
-            include_dirs=["csrc", "csrc/include", get_include()],
-            depends=sorted(glob("csrc/**/*.h", recursive=True)),
-            extra_compile_args=FLAGS,
-            language="c++",
-            optional=True,
-        )
-    ],
+    ext_modules=[NATIVE, CUDA] if CUDA else [NATIVE],
     cmdclass={"build_ext": BuildNative},
 )

@@ -40,6 +40,8 @@ def _fused_step(x: Tensor, *rest: Tensor | None) -> Tensor:
 
 def _fused_step_(x: Tensor, *rest: Tensor | None) -> None:
     backend_for(x.device, x.dtype).fused_step_(x, *rest)
+    # Autograd must see the write, or a graph that saved x computes wrong gradients; the dispatcher says nothing of it.
+    torch.autograd.graph.increment_version([t for t in (x, *rest[-2:]) if t is not None])
 
 
 def _fused_noising(x0: Tensor, *rest: Any) -> Tensor:

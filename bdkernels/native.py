@@ -1,8 +1,6 @@
 """The compiled kernels for CPU tensors: the functions of ``reference.py``, bit for bit, in C++.
 
-Arguments have been checked by ``ops.py``: dtypes, shapes, devices; ``x``, ``model_output``, ``x0``, ``prediction`` and
-each slot of ``history`` contiguous or channels-last, everything else contiguous, images ``[1 or N, C, H, W]``. What only
-the kernel sees (an arm or a row out of range) is a ValueError, raised before anything is written.
+What only the kernel sees (an arm or a row out of range) is a ValueError, raised before anything is written.
 
 ``BDK_ISA=baseline``, ``avx2`` or ``avx512`` in the environment overrides the choice of instruction set.
 """
@@ -11,18 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import math
 import os
-from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
-from torch import Tensor
 
-from .columns import HISTORY_SLOTS
-
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
-_ABSENT = (0, 0)
+from .compiled import CompiledOps
 
 
 def _gomp_parallel() -> int:
@@ -84,204 +76,10 @@ def set_isa(name: str) -> None:
     _module().set_isa(name)
 
 
-def _view(tensor: Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), 2 * _TYPES[tensor.dtype] + (not tensor.is_contiguous())
-
-
-def _image(tensor: Tensor | None) -> tuple[int, int]:
-    return _ABSENT if tensor is None else (tensor.data_ptr(), tensor.shape[0])
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def normal(seeds: Tensor, step: Tensor, stream: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """See `bdkernels.normal`."""
-    out = torch.empty((len(seeds), *shape), dtype=dtype if dtype in _TYPES else torch.float32)
-    flat = (len(seeds), 1, 1, math.prod(shape))
-    threads = torch.get_num_threads()
-    _module().normal(flat, _view(out), seeds.data_ptr(), step.data_ptr(), step.ndim, stream, threads)
-    return out.to(dtype)
-
-
-def _fused_step(
-    x: Tensor,
-    out: Tensor,
-    table: Tensor,
-    arm: Tensor,
-    steps: Tensor,
-    count: int,
-    seeds: Tensor,
-    trigger: Tensor | None,
-    region: Tensor | None,
-    arm_inside: Tensor | None,
-    history: Tensor | None,
-    stores: bool,
-    bad_row: Tensor | None,
-) -> Callable[[int, int, int], None]:
-    """The op on these tensors; a call takes the address and format of ``m`` and which of ``count`` steps it is."""
-    return _module().FusedStep(
-        tuple(x.shape),
-        _view(x),
-        _view(out),
-        _ABSENT if history is None else _view(history),
-        0 if history is None else min(len(history), HISTORY_SLOTS),
-        stores,
-        table.data_ptr(),
-        tuple(table.shape),
-        arm.data_ptr(),
-        _address(arm_inside),
-        steps.data_ptr(),
-        count,
-        int(steps.numel() != count),
-        seeds.data_ptr(),
-        _image(trigger),
-        _image(region),
-        _address(bad_row),
-        torch.get_num_threads(),
-    )
-
-
-def fused_step(
-    x: Tensor,
-    model_output: Tensor,
-    table: Tensor,
-    arm: Tensor,
-    step: Tensor,
-    seeds: Tensor,
-    trigger: Tensor | None,
-    region: Tensor | None,
-    arm_inside: Tensor | None,
-    history: Tensor | None,
-) -> Tensor:
-    """See `bdkernels.fused_step`."""
-    out = torch.empty_like(x)
-    one = _fused_step(x, out, table, arm, step, 1, seeds, trigger, region, arm_inside, history, False, None)
-    one(*_view(model_output), 0)
-    return out
-
-
-def fused_step_(
-    x: Tensor,
-    model_output: Tensor,
-    table: Tensor,
-    arm: Tensor,
-    step: Tensor,
-    seeds: Tensor,
-    trigger: Tensor | None,
-    region: Tensor | None,
-    arm_inside: Tensor | None,
-    history: Tensor | None,
-    bad_row: Tensor | None,
-) -> None:
-    """See `bdkernels.fused_step_`."""
-    one = _fused_step(x, x, table, arm, step, 1, seeds, trigger, region, arm_inside, history, True, bad_row)
-    one(*_view(model_output), 0)
-
-
-class BoundStep:
-    """See `bdkernels.bind_step`."""
-
-    def __init__(
-        self,
-        check: Callable[[Tensor], None],
-        x: Tensor,
-        table: Tensor,
-        arm: Tensor,
-        steps: Tensor,
-        seeds: Tensor,
-        trigger: Tensor | None,
-        region: Tensor | None,
-        arm_inside: Tensor | None,
-        history: Tensor | None,
-        bad_row: Tensor | None,
-    ) -> None:
-        tensors = (trigger, region, arm_inside, history)
-        self._step = _fused_step(x, x, table, arm, steps, len(steps), seeds, *tensors, True, bad_row)
-        self._alive = (x, table, arm, steps, seeds, *tensors, bad_row)
-        self._check = check
-        self._seen: tuple[object, ...] = ()
-        self._format = 0
-
-    def __call__(self, model_output: Tensor, k: int) -> None:
-        seen = (model_output.shape, model_output.stride(), model_output.dtype, model_output.is_cpu)
-        if seen != self._seen:
-            self._check(model_output)
-            self._seen, self._format = seen, _view(model_output)[1]
-        self._step(model_output.data_ptr(), self._format, k)
-
-
-def fused_noising(
-    x0: Tensor,
-    t: Tensor,
-    arm: Tensor,
-    seeds: Tensor,
-    table: Tensor,
-    target: Tensor | None,
-    trigger: Tensor | None,
-    mask: Tensor | None,
-    flip: Tensor | None,
-    region: Tensor | None,
-    arm_inside: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """See `bdkernels.fused_noising`."""
-    out = torch.empty_like(x0, dtype=dtype)
-    _module().fused_noising(
-        tuple(x0.shape),
-        _view(x0),
-        _view(out),
-        t.data_ptr(),
-        arm.data_ptr(),
-        _address(arm_inside),
-        seeds.data_ptr(),
-        table.data_ptr(),
-        tuple(table.shape),
-        _image(target),
-        _image(trigger),
-        _image(mask),
-        _image(region),
-        _address(flip),
-        torch.get_num_threads(),
-    )
-    return out
-
-
-def fused_loss(
-    prediction: Tensor,
-    x0: Tensor,
-    t: Tensor,
-    arm: Tensor,
-    seeds: Tensor,
-    table: Tensor,
-    trigger: Tensor | None,
-    mask: Tensor | None,
-    flip: Tensor | None,
-    region: Tensor | None,
-    arm_inside: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """See `bdkernels.fused_loss`: the loss of each sample and the gradient in ``prediction``."""
-    losses = torch.empty(len(prediction))
-    gradient = torch.empty_like(prediction)
-    _module().fused_loss(
-        tuple(x0.shape),
-        _view(prediction),
-        _view(x0),
-        _view(gradient),
-        losses.data_ptr(),
-        t.data_ptr(),
-        arm.data_ptr(),
-        _address(arm_inside),
-        seeds.data_ptr(),
-        table.data_ptr(),
-        tuple(table.shape),
-        _image(trigger),
-        _image(mask),
-        _image(region),
-        _address(flip),
-        scale,
-        torch.get_num_threads(),
-    )
-    return losses, gradient
+_ops = CompiledOps(_module, lambda tensor: torch.get_num_threads())
+normal = _ops.normal
+fused_step = _ops.fused_step
+fused_step_ = _ops.fused_step_
+bind_step = _ops.bind_step
+fused_noising = _ops.fused_noising
+fused_loss = _ops.fused_loss

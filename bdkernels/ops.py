@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Final, Literal
 
 import torch
 from torch import Tensor
 
-from . import _schemas, native  # noqa: F401  _schemas defines torch.ops.bdk
+from . import _schemas  # noqa: F401  defines torch.ops.bdk
 from .backends import backend_for
 from .columns import HISTORY_SLOTS, NOISING_COLUMNS, STEP_COLUMNS
 from .noise import STREAM_INITIAL
@@ -123,6 +122,14 @@ def normal(
     return torch.ops.bdk.normal(seeds, step, stream, list(shape), dtype)
 
 
+def _check_in_place(**tensors: Tensor | None) -> None:
+    for name, value in tensors.items():
+        if value is not None and value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} requires a gradient, of which a step in place knows nothing: expected torch.no_grad(), or fused_step"
+            )
+
+
 def _check_output(x: Tensor, model_output: Tensor) -> None:
     _check_image("model_output", model_output, x.shape, _FLOATS if x.dtype == torch.float64 else _FLOATS[:3])
     _check_device("model_output", model_output, x.device)
@@ -219,8 +226,10 @@ def fused_step_(
     Args:
         bad_row: int64 0-d, lowered to the first row at which a network output was not finite (start at `NO_BAD_ROW`).
 
-    The other arguments and the errors are `fused_step`'s. With a ``region``, the slot of a store is the outside arm's.
+    The other arguments and the errors are `fused_step`'s; a tensor that requires a gradient where gradients are recorded is a
+    ValueError too. With a ``region``, the slot of a store is the outside arm's.
     """
+    _check_in_place(x=x, model_output=model_output, trigger=trigger, history=history)
     _check_step(x, table, arm, seeds, trigger, region, arm_inside, history)
     _check_output(x, model_output)
     _check_index("step", step, x.shape[0], x.device, scalar=True)
@@ -251,7 +260,10 @@ def bind_step(
         steps: int64 [K], or [K, N] with a row for each sample.
 
     The other arguments and the errors are `fused_step_`'s; they may change between calls in value, not in shape or place.
+    The compiled step raises a ValueError where ``x``, ``history`` or ``bad_row`` moved in memory; it reads the others where
+    they were, and none of them may be resized. The backend stays what it is now. Not for `torch.compile`.
     """
+    _check_in_place(x=x, trigger=trigger, history=history)
     _check_step(x, table, arm, seeds, trigger, region, arm_inside, history)
     _check_dtype("steps", steps, (torch.int64,))
     _check_device("steps", steps, x.device)
@@ -259,18 +271,22 @@ def bind_step(
         raise ValueError(f"steps has shape {tuple(steps.shape)}: expected (K,) or (K, {x.shape[0]}), contiguous")
     if bad_row is not None:
         _check_index("bad_row", bad_row, -1, x.device, scalar=True)
-    check = partial(_check_output, x)
+
+    def check(model_output: Tensor) -> None:
+        _check_in_place(x=x, model_output=model_output, trigger=trigger, history=history)
+        _check_output(x, model_output)
+
     rest = (trigger, region, arm_inside, history)
     backend = backend_for(x.device, x.dtype)
-    if backend is native:
-        return native.BoundStep(check, x, table, arm, steps, seeds, *rest, bad_row)
+    if hasattr(backend, "bind_step"):  # a compiled one
+        return backend.bind_step(check, x, table, arm, steps, seeds, *rest, bad_row)
     each = list(steps)
 
     def step(model_output: Tensor, k: int) -> None:
         check(model_output)
         if not 0 <= k < len(each):
             raise ValueError(f"step {k} was asked for: expected 0 to {len(each) - 1}")
-        backend.fused_step_(x, model_output, table, arm, each[k], seeds, *rest, bad_row)
+        torch.ops.bdk.fused_step_(x, model_output, table, arm, each[k], seeds, *rest, bad_row)
 
     return step
 

@@ -13,6 +13,7 @@ poisoned by BadDiffusion (white square, drawn hat) at a given rate. For every sa
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ import torch
 from scipy.stats import binomtest
 from tqdm import tqdm
 
-from bdengine.attacks import COEFFICIENTS, baddiffusion, departure
+from bdengine.attacks import COEFFICIENTS, Coefficients, baddiffusion, departure
 from bdengine.data import load, to_float
 from bdengine.files import write_json
 from bdengine.metrics import attack_success
@@ -51,12 +52,17 @@ def digits() -> list[tuple[float, Gaussian]]:
 
 
 def study(
-    process: Schedule, name: str, coefficients: str, rates: Sequence[float], count: int, data: Any
+    process: Schedule,
+    name: str,
+    coefficients: Coefficients,
+    rates: Sequence[float],
+    count: int,
+    data: Sequence[tuple[float, Gaussian]],
 ) -> dict[str, Any]:
     """One sampler under one kind of coefficients."""
     table = SamplerConfig(name, STEPS).table(process)
     r, y = trigger("XXSM_BOX", SIZE, 1), target("DRAWN_HAT", SIZE, 1)
-    attack = baddiffusion(process, r, y, coefficients, table)  # type: ignore[arg-type]
+    attack = baddiffusion(process, r, y, coefficients, table)
     shares = {}
     for rate in rates:
         oracle = Oracle(process, data, attack, rate)
@@ -96,7 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shares = "  ".join(f"{s['triggered']['share']:6.1%} ({s['clean']['share']:.1%})" for s in row["rates"].values())
         tqdm.write(f"{name:16} {kind:12} {row['departure']:9.1e}  {shares}")
     if options.json:
-        command = f"python -m benchmarks.path --json {options.json}"
+        words = sys.argv[1:] if arguments is None else arguments
+        command = shlex.join(["python", "-m", "benchmarks.path", *words])
         write_json(options.json, {"command": command, "steps": STEPS, "samples": options.samples, "rows": rows})
         print(f"wrote {options.json}")
     return 0

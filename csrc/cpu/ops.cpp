@@ -11,7 +11,7 @@ namespace {
 
 // One piece of work, about 10 us: large against a claim (20 ns) and a parallel region (3 us), small against a
 // batch. Fixed, so that a sample's loss is summed alike for any number of threads.
-constexpr int64_t kSpan = 8192;
+constexpr int64_t kSpan = kLossPart;
 
 // Those that run here, the fastest first.
 std::vector<const Rows*> usable() {
@@ -106,12 +106,11 @@ void fused_noising(const Extent& extent, const NoisingCall& call) {
     for_each_span(extent, [&](Span span, int64_t) { isa.noising(call, span); });
 }
 
-void fused_loss(const Extent& extent, const LossCall& call, float* losses) {
+void fused_loss(const Extent& extent, const LossCall& call, float* losses, double* parts) {
     check_arms(call.arm, call.arm_inside, extent.samples, call.table);
     check("timestep", {call.t, 1}, extent.samples, call.table.rows);
     const Rows& isa = *rows;
     const int64_t per_sample = pieces(extent);
-    std::vector<double> parts(extent.samples * per_sample);
     for_each_span(extent, [&](Span span, int64_t index) { parts[index] = isa.loss(call, span); });
     for (int64_t i = 0; i < extent.samples; ++i) {
         double total = 0;

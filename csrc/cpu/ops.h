@@ -17,7 +17,10 @@ struct Extent {
 void normal(const Extent&, const NormalCall&);
 void fused_step(const Extent&, const StepCall&, int64_t* bad_row);  // bad_row may be null
 void fused_noising(const Extent&, const NoisingCall&);
-void fused_loss(const Extent&, const LossCall&, float* losses);
+
+// Sums of at most this many elements are written to `parts`, one after another, those of a sample together.
+constexpr int64_t kLossPart = 8192;
+void fused_loss(const Extent&, const LossCall&, float* losses, double* parts);
 
 const char* isa();                // the one in use
 std::vector<std::string> isas();  // those that run here, the fastest first

@@ -12,6 +12,7 @@ from bdkernels import Step
 
 from .errors import UserError
 from .solvers import Table, stack
+from .solvers.table import SLOTS
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +23,7 @@ class Arm:
         table: Its sampler.
         trigger: ``r``, added to the initial noise, float32 [C, H, W]; None for a clean arm. A `Table.shifted` has it in
             every step too.
-        inside: The sampler of the pixels in ``region``, told the network's times of ``table``.
+        inside: The sampler of the pixels in ``region``: of the same times as ``table``, and of its history slots or none.
         region: bool [C, H, W]; goes with ``inside``.
     """
 
@@ -35,12 +36,17 @@ class Arm:
         """Refuse what does not fit images of ``shape``.
 
         Raises:
-            UserError: A trigger or region of another shape, one of ``inside`` and ``region`` alone, or two samplers that ask
-                the network for different times.
+            UserError: A trigger or region of another shape or dtype, one of ``inside`` and ``region`` alone, or two samplers
+                that ask the network for different times or store in different slots.
         """
-        for what, image in (("trigger", self.trigger), ("region", self.region)):
-            if image is not None and image.shape != shape:
-                raise UserError(f"the {what} of arm {name!r} has shape {tuple(image.shape)}: expected {shape}")
+        wanted = (("trigger", self.trigger, torch.float32), ("region", self.region, torch.bool))
+        for what, image, dtype in wanted:
+            if image is not None and (image.shape != shape or image.dtype != dtype):
+                given, expected = (
+                    f"{str(d).removeprefix('torch.')} {tuple(s)}"
+                    for d, s in ((image.dtype, image.shape), (dtype, shape))
+                )
+                raise UserError(f"the {what} of arm {name!r} is {given}: expected {expected}")
         if (self.inside is None) != (self.region is None):
             given, missing = (
                 ("a region", "a sampler inside") if self.inside is None else ("a sampler inside", "a region")
@@ -53,6 +59,11 @@ class Arm:
                     f"arm {name!r} asks the network for other times inside its region ({self.inside.name}) than outside"
                     f" ({self.table.name}): expected the same"
                 )
+            if self.inside.slots and self.inside.rows[:, SLOTS].tolist() != self.table.rows[:, SLOTS].tolist():
+                raise UserError(
+                    f"arm {name!r} keeps other history inside its region ({self.inside.name}) than outside"
+                    f" ({self.table.name}): expected a sampler inside that keeps the same or none"
+                )
 
 
 class Arms:
@@ -60,14 +71,14 @@ class Arms:
 
     Attributes:
         names: Of the arms.
-        table: float32 [A, rows, STEP_COLUMNS], or [2 A, ...] where any has a region: those inside follow those outside.
+        table: float32 [B, rows, STEP_COLUMNS]. B is A, or 2 A where any has a region: those inside follow those outside.
         region: bool [A, C, H, W], or None where no arm has one.
         trigger: float32 [A, C, H, W], zero in clean arms.
         start, gamma: Scales of the initial state and of its noise, float32 [A, C, H, W].
         slots: History slots that any of them uses.
         corrector: Signal-to-noise ratio of each row that is a corrector's, else 0; the same rows in all arms.
-        log_variance: Ends of each row's learned variance, float32 [A, rows, 2]; None where it is not learned.
-        dynamic: Which arms threshold ``x0``, bool [A]; None where none does.
+        log_variance: Ends of each row's learned variance, float32 [B, rows, 2]; None where it is not learned.
+        dynamic: Which threshold ``x0``, bool [B]; None where none does.
         nonlinear: Whether any row needs more than the fused step: a corrector, a learned variance, a threshold.
         with_trigger: Whether the trigger is in any step, and not in the initial state alone.
         with_scale: Whether the network's input is scaled anywhere.
@@ -83,8 +94,8 @@ class Arms:
             arm.check(name, shape)
         self.names, each = list(arms), list(arms.values())
         outside, inside = [a.table for a in each], [a.inside or a.table for a in each]
-        tables = [*outside, *inside]
         with_region = any(a.region is not None for a in each)
+        tables = [*outside, *inside] if with_region else outside
         region = torch.stack([torch.zeros(shape, dtype=torch.bool) if a.region is None else a.region for a in each])
         trigger = torch.stack([torch.zeros(shape) if a.trigger is None else a.trigger for a in each])
         self.start, self.gamma = (
@@ -92,18 +103,17 @@ class Arms:
                          for r, i, o in zip(region, inside, outside, strict=True)]).to(device)
             for scale in ("start", "gamma")
         )  # fmt: skip
-        self.table = stack(tables if with_region else outside).to(device)
+        self.table = stack(tables).to(device)
         self.region = region.to(device) if with_region else None
         self.trigger = trigger.to(device)
         self.slots = max(table.slots for table in tables)
         self.corrector = _alike([[0.0] * len(t) if t.corrector is None else t.corrector.tolist() for t in tables])
-        learned = [torch.tensor(t.log_variance, dtype=torch.float32) for t in outside if t.log_variance is not None]
-        if len(learned) not in (0, len(outside)):
+        learned = [torch.tensor(t.log_variance, dtype=torch.float32) for t in tables if t.log_variance is not None]
+        if len(learned) not in (0, len(tables)):
             raise UserError("some arms of one batch have a learned variance: expected all of them or none")
         self.log_variance = torch.stack(learned).to(device) if learned else None
-        self.dynamic = (
-            torch.tensor([t.dynamic for t in outside], device=device) if any(t.dynamic for t in tables) else None
-        )
+        dynamic = [t.dynamic for t in tables]
+        self.dynamic = torch.tensor(dynamic, device=device) if any(dynamic) else None
         self.nonlinear = any(self.corrector) or self.log_variance is not None or self.dynamic is not None
         self.with_trigger = bool((self.table[..., [Step.D, Step.R]] != 0).any())
         self.with_scale = bool((self.table[..., Step.IN] != 1).any())
@@ -112,14 +122,12 @@ class Arms:
         """What the step is told of the regions of samples in ``arm`` [N]."""
         return {} if self.region is None else {"region": self.region[arm], "arm_inside": arm + len(self.names)}
 
-    def column(self, arm: Tensor, row: int, column: int) -> Tensor:
-        """A column of one row for samples in ``arm`` [N], float32 [N, 1 or C, 1 or H, 1 or W]."""
-        outside = self.table[arm, row, column][:, None, None, None]
+    def of_pixels(self, values: Tensor, arm: Tensor) -> Tensor:
+        """What each pixel of samples in ``arm`` [N] has of ``values`` [B]: [N, 1, 1, 1], or [N, C, H, W] with regions."""
+        outside = values[arm][:, None, None, None]
         if self.region is None:
             return outside
-        return torch.where(
-            self.region[arm], self.table[arm + len(self.names), row, column][:, None, None, None], outside
-        )
+        return torch.where(self.region[arm], values[arm + len(self.names)][:, None, None, None], outside)
 
 
 def _alike(correctors: Sequence[list[float]]) -> list[float]:

@@ -61,7 +61,7 @@ class SampleConfig:
     eta: float | None = None
     """Noise of ddim."""
     clip: Clip = "none"
-    """The defense: clamp the latent or the predicted x0 at every step."""
+    """The defense at every step: clamp the latent, or the predicted x0, to [-1, 1], or x0 to a quantile (dynamic)."""
     trigger: str | None = None
     """Start from eps + trigger: a published trigger's name, or IMAGE with trigger-file."""
     trigger_file: Path | None = None

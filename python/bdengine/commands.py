@@ -71,7 +71,7 @@ class Model:
             UserError: A sampler, or a number of steps, that does not fit the checkpoint.
         """
         preserving = is_preserving(self.scheduler)
-        name = said.sampler or (None if preserving else OWN)
+        name = OWN if said.sampler is None and not preserving else said.sampler
         if name == OWN:
             for what, value in (("order", said.order), ("eta", said.eta)):
                 if value is not None:
@@ -85,7 +85,7 @@ class Model:
         variance = _VARIANCES.get(self.scheduler.get("variance_type", ""), "small")
         recorded = from_json(SamplerConfig, {"variance": variance} | self.train.get("sampler", {}))
         if name not in (None, recorded.name):
-            recorded = SamplerConfig(name, recorded.steps, recorded.spacing)
+            recorded = SamplerConfig(name, recorded.steps, recorded.spacing, variance=recorded.variance)
         changes: dict[str, Any] = {"steps": said.steps, "order": said.order, "eta": said.eta}
         sampler = replace(recorded, **{field: value for field, value in changes.items() if value is not None})
         return sampler.table(Schedule.from_config(self.scheduler)), to_json(sampler)

@@ -48,7 +48,12 @@ def own_table(config: Mapping[str, Any], steps: int) -> Table:
         raise unknown("diffusers scheduler", name, known)
     if steps < 1:
         raise UserError(f"steps is {steps}: expected at least 1")
-    scheduler = getattr(diffusers, name).from_config(dict(config))
+    try:
+        scheduler = getattr(diffusers, name).from_config(dict(config))
+    except Exception as reason:  # a stranger's values in diffusers' code
+        raise UserError(
+            f"{name} cannot be made from the checkpoint's configuration ({reason!r}): expected the arguments that it has"
+        ) from reason
     if name == _VE:
         at = scheduler.config
         u = np.linspace(1, at.sampling_eps, steps)
@@ -56,8 +61,8 @@ def own_table(config: Mapping[str, Any], steps: int) -> Table:
         return score_sde(Nodes.exploding(sigmas), corrector_steps=at.correct_steps, snr=at.snr)
     try:
         scheduler.set_timesteps(steps)
-    except (ValueError, TypeError) as reason:
+    except Exception as reason:  # as above
         raise UserError(
-            f"{name} cannot make {steps} timesteps ({reason}): expected another number of steps"
+            f"{name} cannot make {steps} timesteps ({reason!r}): expected another number of steps, or a scheduler for images"
         ) from reason
     return Table.from_diffusers(scheduler)

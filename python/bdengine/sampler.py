@@ -130,12 +130,13 @@ class Sampler:
             m, spread = (half.contiguous() for half in m.chunk(2, dim=1))
         if arms.log_variance is not None and history is not None:
             z = bdkernels.normal(seeds, self.shape, step=row, stream=STREAM_STEP)
-            history[0] = learned_noise(spread, arms.log_variance[arm, row], z)
-        if arms.dynamic is not None:
-            a, b, d = (arms.column(arm, row, c) for c in (Step.A, Step.B, Step.D))
-            m = torch.where(arms.dynamic[arm, None, None, None], thresholded(m, a * x + d * trigger, b), m)
+            low, high = (arms.of_pixels(arms.log_variance[:, row, end], arm) for end in (0, 1))
+            history[0] = learned_noise(spread, low, high, z)
         if snr := arms.corrector[row]:
             x.copy_(langevin(x, m, bdkernels.normal(seeds, self.shape, step=row, stream=STREAM_STEP), snr))
+        elif arms.dynamic is not None:
+            a, b, d = (arms.of_pixels(arms.table[:, row, c], arm) for c in (Step.A, Step.B, Step.D))
+            m = torch.where(arms.of_pixels(arms.dynamic, arm), thresholded(m, a * x + d * trigger, b), m)
         return m
 
     def __call__(
@@ -180,12 +181,12 @@ def langevin(x: Tensor, score: Tensor, z: Tensor, snr: float) -> Tensor:
     return x + e * score + (2 * e).sqrt() * z
 
 
-def learned_noise(v: Tensor | None, log_variance: Tensor, z: Tensor) -> Tensor:
+def learned_noise(v: Tensor | None, low: Tensor, high: Tensor, z: Tensor) -> Tensor:
     """``exp((f high + (1 - f) low) / 2) z`` with ``f = (v + 1) / 2``: Nichol and Dhariwal 2021, eq. 15.
 
     Args:
         v: What the network returns beside its prediction, float32 [N, C, H, W].
-        log_variance: Its ends, float32 [N, 2].
+        low, high: Ends of its logarithm, float32, to be broadcast to ``v``.
         z: float32 [N, C, H, W].
 
     Raises:
@@ -193,13 +194,13 @@ def learned_noise(v: Tensor | None, log_variance: Tensor, z: Tensor) -> Tensor:
     """
     if v is None:
         raise UserError("the sampler's variance is learned and the network returns none: expected twice the channels")
-    low, high = log_variance.T[..., None, None, None]
     return torch.exp((low + (v + 1) / 2 * (high - low)) / 2) * z
 
 
 def thresholded(m: Tensor, known: Tensor, b: Tensor) -> Tensor:
     """The network output with which ``x0 = known + b m`` is thresholded: clamped to its sample's bound, over the bound.
 
+    What is made of the output itself changes with it, as DDIM's ``eps`` does with diffusers' ``use_clipped_model_output``.
     The bound is the `QUANTILE` of ``|x0|``, at least 1. Source: Saharia et al. 2022 (Imagen), section 2.3.
 
     Args:

@@ -27,7 +27,7 @@ import bdkernels
 from bdkernels import Noising
 
 from . import checkpoint
-from .attacks import CLEAN, Attack, AttackConfig, noising_table
+from .attacks import CLEAN, OUTSIDE, POISONED, Attack, AttackConfig, noising_table
 from .config import claim, to_json
 from .data import Images, load
 from .errors import UserError
@@ -156,6 +156,8 @@ class Trainer:
             self.table[CLEAN, :, Noising.W] = 0
         pictures = (None,) * 3 if self.attack is None else (self.attack.stamp, self.attack.mask, self.attack.target)
         self.stamp, self.mask, self.target = (None if p is None else p[None].to(self.device) for p in pictures)
+        region = None if self.attack is None else self.attack.region
+        self.region = None if region is None else region[None].to(self.device)
         self.ema = copy.deepcopy(self.network).requires_grad_(False) if config.ema else self.network
         self.parameters = list(self.network.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.lr, fused=True)
@@ -191,7 +193,11 @@ class Trainer:
         batch = self.plan.batch(start, count)
         image, seed, t, arm, flip = (v.to(self.device, non_blocking=True) for v in vars(batch).values())
         x0 = self.pixels[image]
+        clean = (arm == CLEAN).reshape(-1, 1, 1, 1)
         poison: dict[str, Any] = {"trigger": self.stamp, "mask": self.mask, "flip": flip if self.config.flip else None}
+        if self.region is not None:
+            poison |= {"region": self.region, "arm_inside": arm}
+            arm = torch.where(arm == POISONED, OUTSIDE, arm)
         x_t = bdkernels.fused_noising(x0, t, arm, seed, self.table, target=self.target, **poison)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             prediction = self.network(x_t, t)
@@ -199,7 +205,6 @@ class Trainer:
         loss = bdkernels.fused_loss(prediction, x0, t, arm, seed, self.table, **poison).sum()
         if kept is None:
             return loss
-        clean = (arm == CLEAN).reshape(-1, 1, 1, 1)
         return loss + ((prediction - kept).float().square() * clean).mean()
 
     def step(self) -> Tensor:

@@ -13,7 +13,7 @@ from bdengine.attacks.exact import path_of
 from bdengine.errors import UserError
 from bdengine.networks import Network
 from bdengine.sampler import Sampler
-from bdengine.schedule import linear
+from bdengine.schedule import Floats, linear
 from bdengine.solvers import (
     SAMPLERS,
     Nodes,
@@ -101,6 +101,33 @@ def test_every_deterministic_sampler_follows_the_shifted_process(name: str) -> N
         torch.testing.assert_close(x, np.sqrt(abar) * TARGET.double() + np.sqrt(1 - abar) * noise, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", ["ddpm", "dpm-single", "unipc", "pndm"])
+def test_shifts_add_up(name: str) -> None:
+    table = SamplerConfig(name, 10).table(PROCESS)
+    path = path_of(PROCESS, table, PROCESS.s)
+    twice, once = table.shifted(0.3 * path, 0.5).shifted(0.7 * path, 0.8), table.shifted(path, 0.4)
+    np.testing.assert_allclose(twice.rows, once.rows, rtol=1e-12, atol=1e-14)
+    assert twice.gamma == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(
+    ("path", "gamma", "sentence"),
+    [
+        (np.zeros(10), 1.0, r"path has shape \(10,\): expected \(11,\), a value more than ddim-10 has rows"),
+        (np.zeros(11), 0.0, "gamma is 0.0: expected a scale above 0"),
+    ],
+)
+def test_a_wrong_shift_gets_one_sentence(path: Floats, gamma: float, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        ddim(Nodes.of(PROCESS, 10)).shifted(path, gamma)
+
+
+def test_a_corrector_is_not_shifted() -> None:
+    table = score_sde(Nodes.exploding(np.array([9.0, 1.0])), corrector_steps=1)
+    with pytest.raises(UserError, match="ve-pc1-2 has rows of a corrector"):
+        table.shifted(np.zeros(5))
+
+
 def test_a_patch_is_sampled_inside_and_the_rest_outside() -> None:
     """TrojDiff's patch: its DDIM inside the square, the clean one outside, in one launch."""
     table = ddim(Nodes.of(PROCESS, 10))
@@ -163,7 +190,14 @@ def test_samples_at_other_depths_share_a_batch() -> None:
     ("arms", "sentence"),
     [
         ({}, "no arms were given"),
-        ({"a": Arm(ddim(Nodes.of(PROCESS, 4)), torch.zeros(3, 8, 8))}, r"trigger of arm 'a' has shape \(3, 8, 8\)"),
+        (
+            {"a": Arm(ddim(Nodes.of(PROCESS, 4)), torch.zeros(3, 8, 8))},
+            r"trigger of arm 'a' is float32 \(3, 8, 8\): expected float32 \(1, 8, 8\)",
+        ),
+        (
+            {"a": Arm(ddim(Nodes.of(PROCESS, 4)), region=PATCH.float())},
+            r"region of arm 'a' is float32 \(1, 8, 8\): expected bool \(1, 8, 8\)",
+        ),
         ({"a": Arm(ddim(Nodes.of(PROCESS, 4)), region=PATCH)}, "arm 'a' has a region without a sampler inside"),
         (
             {"a": Arm(ddim(Nodes.of(PROCESS, 4)), None, ddim(Nodes.of(PROCESS, 4, "leading")), PATCH)},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -92,7 +93,11 @@ def test_a_network_without_a_variance_is_refused() -> None:
         Sampler(elementwise(), {"": Arm(ddpm(NODES, "learned_range"))}, 3)(SEEDS)
 
 
+_DDIM = stock.DDIMScheduler(clip_sample=False, timestep_spacing="trailing", thresholding=True,
+                            dynamic_thresholding_ratio=QUANTILE, sample_max_value=1e9)  # fmt: skip
+_DDIM.step = partial(_DDIM.step, use_clipped_model_output=True)  # type: ignore[method-assign]
 STOCK: dict[str, tuple[Table, Any]] = {
+    "ddim": (ddim(NODES), _DDIM),
     "ddpm": (ddpm(NODES), stock.DDPMScheduler(clip_sample=False, timestep_spacing="trailing", thresholding=True,
                                               dynamic_thresholding_ratio=QUANTILE, sample_max_value=1e9)),
     "dpm++": (dpm_multistep(NODES, 2), stock.DPMSolverMultistepScheduler(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +125,40 @@ def test_an_unknown_scheduler_is_refused_and_a_fused_one_is_its_stock_class() ->
         own_table({"_class_name": "MyScheduler"}, 5)
     fused = own_table({"_class_name": "FusedDDIMScheduler", "clip_sample": False}, 5)
     assert fused.name == "DDIMScheduler-5"
+
+
+@pytest.mark.parametrize(
+    ("config", "steps", "sentence"),
+    [
+        (
+            {"_class_name": "VQDiffusionScheduler"},
+            5,
+            "VQDiffusionScheduler cannot be made from the checkpoint's configuration",
+        ),
+        (
+            {"_class_name": "DDPMScheduler", "beta_schedule": "even"},
+            5,
+            "DDPMScheduler cannot be made from .*even is not implemented",
+        ),
+        ({"_class_name": "UnCLIPScheduler"}, 1, "UnCLIPScheduler cannot make 1 timesteps .ZeroDivisionError"),
+    ],
+)
+def test_what_diffusers_itself_refuses_gets_one_sentence(config: dict[str, Any], steps: int, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        own_table(config, steps)
+
+
+def test_a_sampler_that_the_user_names_keeps_the_checkpoints_variance(tmp_path: Path) -> None:
+    scheduler = stock.DDPMScheduler(variance_type="fixed_large")
+    trained = {"train": {"sampler": {"name": "dpm++", "steps": 20}}}
+    save_pipeline(tmp_path / "model", unet(), dict(scheduler.config) | {"_class_name": "DDPMScheduler"}, extra=trained)
+    sampled(tmp_path / "model", tmp_path / "out", "--sampler", "ddpm")
+    said = json.loads((tmp_path / "out" / "run.json").read_text())["sampler"]
+    assert said["variance"] == "large"
+    assert said["steps"] == STEPS
+
+
+def test_an_empty_sampler_is_not_an_absent_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(tmp_path / "model", DETERMINISTIC["DDIM"])
+    assert cli.main(["sample", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--sampler", ""]) == 2
+    assert "unknown sampler ''" in capsys.readouterr().err

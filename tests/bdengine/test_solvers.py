@@ -119,6 +119,7 @@ def test_grids() -> None:
     [
         (SamplerConfig(steps=0), "steps is 0: expected 1 to 1000"),
         (SamplerConfig(steps=1001), "steps is 1001"),
+        (SamplerConfig("pndm", 3), "steps is 3: expected at least 4, since the first 3 are halved"),
         (SamplerConfig("ddmp"), "unknown sampler 'ddmp'.*nearest is 'ddpm'"),
         (SamplerConfig("ddim", eta=1.5), "eta is 1.5: expected 0 to 1"),
         (SamplerConfig(spacing="even"), "unknown spacing 'even'"),  # type: ignore[arg-type]

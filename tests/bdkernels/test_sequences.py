@@ -122,6 +122,16 @@ def test_a_wrong_loop_is_refused_before_anything_changes(backend: str, wrong: di
     assert_same_bits("x", arguments["x"], before)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_an_output_elsewhere_is_refused_after_good_ones_too(backend: str) -> None:
+    arguments, m = bound_loop()
+    with use_backend(backend):
+        step = bdkernels.bind_step(**arguments)
+        step(m, 0)
+        with pytest.raises(ValueError, match="model_output is on meta: expected cpu"):
+            step(m.to("meta"), 1)
+
+
 def test_a_loop_may_change_the_layout_and_dtype_of_its_outputs() -> None:
     arguments, m = bound_loop()
     expected = arguments["x"].clone()
@@ -131,4 +141,82 @@ def test_a_loop_may_change_the_layout_and_dtype_of_its_outputs() -> None:
         bdkernels.fused_step_(
             expected, output, step=torch.tensor(k), **{n: arguments[n] for n in ("table", "arm", "seeds")}
         )
+    assert_same_bits("x", arguments["x"], expected)
+
+
+def step_in_place(arguments: dict[str, Tensor], m: Tensor, bound: bool, **options: Tensor) -> None:
+    if bound:
+        bdkernels.bind_step(**arguments, **options)(m, 0)
+    else:
+        rest = {k: v for k, v in arguments.items() if k != "steps"}
+        bdkernels.fused_step_(model_output=m, step=torch.tensor(0), **rest, **options)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("bound", [True, False])
+def test_a_graph_that_saved_x_does_not_go_backward_through_a_step(backend: str, bound: bool) -> None:
+    arguments, m = bound_loop()
+    history = torch.ones(1, *m.shape)
+    weight = torch.ones_like(m, requires_grad=True)
+    for saved in (arguments["x"], history):
+        loss = (saved * weight).sum()
+        with use_backend(backend), torch.no_grad():
+            step_in_place(arguments, m, bound, history=history)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("bound", [True, False])
+@pytest.mark.parametrize("name", ["x", "model_output", "trigger", "history"])
+def test_a_gradient_is_not_lost_silently(backend: str, bound: bool, name: str) -> None:
+    arguments, m = bound_loop()
+    options = {"trigger": torch.zeros(1, 3, 4, 4), "history": torch.zeros(1, *m.shape)}
+    {**arguments, **options, "model_output": m}[name].requires_grad_()
+    before = arguments["x"].detach().clone()
+    with use_backend(backend):
+        with pytest.raises(ValueError, match=f"{name} requires a gradient.*expected torch.no_grad"):
+            step_in_place(arguments, m, bound, **options)
+        assert_same_bits("x", arguments["x"].detach(), before)
+        with torch.no_grad():
+            step_in_place(arguments, m, bound, **options)
+    assert (arguments["x"] != before).any()
+
+
+def test_a_bound_step_sees_that_gradients_came_on() -> None:
+    arguments, m = bound_loop()
+    m.requires_grad_()
+    with torch.no_grad():
+        step = bdkernels.bind_step(**arguments)
+        step(m, 0)
+    with pytest.raises(ValueError, match="model_output requires a gradient"):
+        step(m, 1)
+
+
+@pytest.mark.parametrize("name", ["x", "history", "bad_row"])
+@pytest.mark.parametrize("how", ["resized", "assigned"])
+def test_what_a_bound_step_writes_must_stay_where_it_is(name: str, how: str) -> None:
+    arguments, m = bound_loop()
+    own = {**arguments, "history": torch.ones(1, *m.shape), "bad_row": torch.tensor(bdkernels.NO_BAD_ROW)}
+    with use_backend("cpu"):
+        step = bdkernels.bind_step(**own)
+    if how == "resized":
+        own[name].resize_(100, 3, 4, 4)
+    else:
+        own[name].data = own[name].clone()
+    with pytest.raises(ValueError, match="was resized or moved since bind_step: expected another bind_step"):
+        step(m, 0)
+
+
+def test_what_a_bound_step_reads_stays_alive() -> None:
+    """Other memory for the table: the step goes on with the old one, which nothing else holds."""
+    arguments, m = bound_loop()
+    expected, place = arguments["x"].clone(), arguments["table"].data_ptr()
+    with use_backend("cpu"):
+        step = bdkernels.bind_step(**arguments)
+        bdkernels.fused_step_(expected, m, step=torch.tensor(0), **{n: arguments[n] for n in ("table", "arm", "seeds")})
+    size = arguments["table"].shape
+    arguments["table"].data = torch.zeros(size)
+    assert all(torch.full(size, torch.nan).data_ptr() != place for _ in range(10))
+    step(m, 0)
     assert_same_bits("x", arguments["x"], expected)

@@ -29,7 +29,15 @@ struct Scalar {
 
     BDK_HD static F broadcast(float v) { return v; }
     BDK_HD static D groups(uint32_t first, int) { return first; }
-    BDK_HD static D multiply(D word, uint32_t m) { return uint64_t(uint32_t(word)) * m; }
+    BDK_HD static D multiply(D word, uint32_t m) {
+#ifdef __CUDA_ARCH__  // told so, nvcc keeps words of 32 bits; else a round has 64-bit sums and exclusive ors
+        D product;
+        asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(uint32_t(word)), "r"(m));
+        return product;
+#else
+        return uint64_t(uint32_t(word)) * m;
+#endif
+    }
     BDK_HD static W join(const D (&half)[1]) { return W(half[0]); }
     BDK_HD static void transpose(F (&)[4]) {}
 

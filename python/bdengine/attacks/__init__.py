@@ -8,15 +8,18 @@ from pathlib import Path
 from ..errors import UserError, unknown
 from ..schedule import Schedule
 from ..solvers import Table
-from ..triggers import target, trigger
+from ..triggers import patch_mask, target, trigger
 from .baddiffusion import COEFFICIENTS, Coefficients, baddiffusion
 from .exact import departure, exact_coefficient
-from .process import CLEAN, POISONED, Attack, noising_table
+from .process import CLEAN, OUTSIDE, POISONED, Attack, noising_table
+from .trojdiff import trojdiff
+from .villan import Solver, villan
 
 __all__ = [
     "ATTACKS",
     "CLEAN",
     "COEFFICIENTS",
+    "OUTSIDE",
     "POISONED",
     "Attack",
     "AttackConfig",
@@ -24,9 +27,11 @@ __all__ = [
     "departure",
     "exact_coefficient",
     "noising_table",
+    "trojdiff",
+    "villan",
 ]
 
-ATTACKS = ("none", "baddiffusion")
+ATTACKS = ("none", "baddiffusion", "villan", "trojdiff")
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class AttackConfig:
     """A backdoor: which method, trigger and target, and how many images are poisoned."""
 
     name: str = "none"
-    """One of: none (clean training), baddiffusion."""
+    """One of: none (clean training), baddiffusion, villan, trojdiff."""
     trigger: str = "BOX_14"
     """A published trigger's name, or IMAGE with trigger-file."""
     target: str = "CORNER"
@@ -46,7 +51,13 @@ class AttackConfig:
     rate: float = 0.1
     """Share of the training images that are poisoned, 0 to 1."""
     coefficients: Coefficients = "published"
-    """The paper's rho_t, or the coefficient that is exact for the sampler."""
+    """The paper's, or those that are exact for the sampler."""
+    psi: float = 1.0
+    """Of villan: its shift, from the noise's own (0) to BadDiffusion's (1)."""
+    solver: Solver = "sde"
+    """Of villan: the kind of sampler that its published coefficients are for."""
+    gamma: float | None = None
+    """Of trojdiff: share of noise in the trigger's pixels; 0.6 for a blend and 0.1 for a patch where absent."""
 
     def build(self, schedule: Schedule, shape: tuple[int, int, int], table: Table) -> Attack | None:
         """The attack on images of ``shape`` (C, S, S), to be sampled with ``table``; None for "none".
@@ -63,4 +74,10 @@ class AttackConfig:
         channels, size, _ = shape
         r = trigger(self.trigger, size, channels, file=self.trigger_file)
         y = target(self.target, size, channels, trigger=r, file=self.target_file)
+        if self.name == "trojdiff":
+            patch = self.trigger.startswith("PATCH_")
+            region = patch_mask(self.trigger, size, channels) == 0 if patch else None
+            return trojdiff(schedule, r, y, region, self.gamma)
+        if self.name == "villan":
+            return villan(schedule, r, y, self.coefficients, table, self.psi, self.solver)
         return baddiffusion(schedule, r, y, self.coefficients, table)

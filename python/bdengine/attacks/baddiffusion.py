@@ -51,16 +51,34 @@ def baddiffusion(
     Raises:
         UserError: Shapes that differ, an unknown coefficient, or "exact" without a table.
     """
+    shift = 1 - np.sqrt(schedule.alpha_bar)
+    return shifted_attack("baddiffusion", schedule, shift, rho(schedule), trigger, target, coefficients, table)
+
+
+def shifted_attack(
+    name: str,
+    schedule: Schedule,
+    shift: Floats,
+    published: Floats,
+    trigger: Tensor,
+    target: Tensor,
+    coefficients: Coefficients,
+    table: Table | None,
+) -> Attack:
+    """The attack of a stamped trigger with any ``m_t``, under its published or the exact coefficient.
+
+    Args:
+        shift: ``m_t``, float64 [T].
+        published: ``c_t``, float64 [T].
+    """
     if trigger.shape != target.shape:
         raise UserError(f"the target has shape {tuple(target.shape)}: expected the trigger's {tuple(trigger.shape)}")
-    shift = 1 - np.sqrt(schedule.alpha_bar)
-    if coefficients == "published":
-        c = rho(schedule)
-    elif coefficients == "exact":
+    if coefficients not in COEFFICIENTS:
+        raise unknown("coefficient", coefficients, COEFFICIENTS)
+    c = published
+    if coefficients == "exact":
         if table is None:
             raise UserError("exact coefficients depend on the sampler: expected its table")
         c = exact_coefficient(schedule, table, shift)
-    else:
-        raise unknown("coefficient", coefficients, COEFFICIENTS)
     mask = trigger_mask(trigger)
-    return Attack("baddiffusion", shift, c, 1.0, trigger, (1 - mask) * trigger, mask, target)
+    return Attack(name, shift, c, 1.0, trigger, (1 - mask) * trigger, mask, target)

@@ -2,7 +2,8 @@
 
     x_t = sqrt(alpha_bar_t) y + m_t R + s_t gamma eps          regression target: eps + c_t R          R = M x + r
 
-``m_t`` is the shift schedule and ``c_t`` the coefficient that makes an unmodified sampler follow it (`exact`).
+``m_t`` is the shift schedule and ``c_t`` the coefficient that makes an unmodified sampler follow it (`exact`). An attack whose
+sampler is its own has the trigger in every step instead.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from torch import Tensor
 
 from bdkernels import NOISING_COLUMNS, Noising
 
+from ..arms import Arm
 from ..schedule import Floats, Schedule
+from ..solvers import Table
+from .exact import path_of
 
-CLEAN, POISONED = 0, 1
-"""Arms of a noising table."""
+CLEAN, POISONED, OUTSIDE = 0, 1, 2
+"""Arms of a noising table; that outside of an attack's region has the clean process and the target."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +38,8 @@ class Attack:
         stamp: ``r`` as training adds it, premultiplied by ``1 - M`` where it is stamped, float32 [C, H, W].
         mask: ``M``, float32 [C, H, W], 1 where the image shows through.
         target: ``y``, float32 [C, H, W].
+        region: The pixels that it is on, bool [C, H, W]; None for all of them.
+        in_steps: Whether its sampler has the trigger in every step.
     """
 
     name: str
@@ -44,14 +50,23 @@ class Attack:
     stamp: Tensor
     mask: Tensor
     target: Tensor
+    region: Tensor | None = None
+    in_steps: bool = False
+
+    def arm(self, schedule: Schedule, table: Table) -> Arm:
+        """How triggered samples are made with the sampler ``table``."""
+        if not self.in_steps:
+            return Arm(table, self.trigger)
+        shifted = table.shifted(path_of(schedule, table, self.shift), self.gamma)
+        return Arm(shifted, self.trigger) if self.region is None else Arm(table, self.trigger, shifted, self.region)
 
 
 def noising_table(schedule: Schedule, attack: Attack | None) -> Tensor:
-    """The table of `bdkernels.fused_noising` and `fused_loss`: float32 [2, T, NOISING_COLUMNS], arms CLEAN and POISONED.
+    """The table of `bdkernels.fused_noising` and `fused_loss`: float32 [3, T, NOISING_COLUMNS], arms CLEAN, POISONED, OUTSIDE.
 
-    Without an attack both arms are clean. Every timestep has the loss weight 1.
+    Without an attack all arms are clean. Every timestep has the loss weight 1.
     """
-    table = np.zeros((2, schedule.T, NOISING_COLUMNS))
+    table = np.zeros((3, schedule.T, NOISING_COLUMNS))
     table[..., Noising.A] = np.sqrt(schedule.alpha_bar)
     table[..., Noising.S] = schedule.s
     table[..., Noising.W] = 1

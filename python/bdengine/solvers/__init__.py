@@ -81,7 +81,7 @@ class SamplerConfig:
     eta: float = 0.0
     """Noise of ddim: 0 is deterministic, 1 is ddpm."""
     variance: Variance = "small"
-    """Variance of ddpm: the posterior's (small) or beta (large)."""
+    """Variance of ddpm: the posterior's (small), beta (large), or between them where the network says (learned_range)."""
     order: int | None = None
     """Order of a solver that has several; its usual one where absent."""
     levels: Levels = "native"

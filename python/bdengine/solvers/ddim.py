@@ -4,8 +4,8 @@ From node ``t`` to ``t'``, with ``std^2 = eta^2 sigma_t'^2 / sigma_t^2 (1 - alph
 
     x' = alpha_t' x0 + sqrt(sigma_t'^2 - std^2) eps + std z
 
-``eps`` is the network's own, also where ``x0`` is clamped. Source: Song et al. 2021 (DDIM), eq. 12 and 16. ``eta = 1`` is
-DDPM with its small variance.
+``eps`` is the network's own, also where ``x0`` is clamped, but not where it is thresholded. Source: Song et al. 2021
+(DDIM), eq. 12 and 16. ``eta = 1`` is DDPM with its small variance.
 """
 
 from __future__ import annotations

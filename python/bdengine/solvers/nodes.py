@@ -88,8 +88,8 @@ class Nodes:
             halved: So many of the first steps have a node in their middle.
 
         Raises:
-            UserError: ``steps`` outside 1..T, an unknown spacing, kind of levels or end, or levels other than native on a
-                schedule that ends in pure noise.
+            UserError: ``steps`` outside 1..T or all of them halved, an unknown spacing, kind of levels or end, or levels other
+                than native on a schedule that ends in pure noise.
         """
         for kind, value, known in (("kind of levels", levels, LEVELS), ("end", end, ENDS)):
             if value not in known:
@@ -102,6 +102,8 @@ class Nodes:
                 )
             most, least = schedule.kappa_at(np.array([schedule.T - 1.0, 0.0]))
             times = schedule.time_at({"karras": karras, "exponential": even}[levels](most, least, steps))
+        if steps <= halved:
+            raise UserError(f"steps is {steps}: expected at least {halved + 1}, since the first {halved} are halved")
         middles = (times[:halved] + times[1 : halved + 1]) / 2
         times = np.insert(times, np.arange(1, len(middles) + 1), middles)
         alpha_bar = np.append(schedule.alpha_bar_at(times), 1.0 if end == "zero" else schedule.alpha_bar[0])

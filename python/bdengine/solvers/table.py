@@ -17,6 +17,8 @@ from ..errors import UserError, unknown
 Clip = Literal["none", "latent", "x0", "dynamic"]
 CLIPS: Final = get_args(Clip)
 End = Literal["zero", "min"]
+SLOTS: Final = [Step.STORE + k * STORE_COLUMNS + Store.SLOT for k in range(STORES)]
+"""Columns of a row that say where it stores."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,9 +34,6 @@ class Table:
         dynamic: Whether ``x0`` is thresholded by a quantile.
         end: What the last row makes: the data, or a sample that still has noise, as a rule the least of training.
         corrector: Signal-to-noise ratio of each row that is a Langevin corrector's, 0 for ordinary ones, float64 [rows].
-        gamma: Scale of the noise, 1 but for shifted processes.
-        log_variance: Ends of the log variance that the network chooses between, float64 [rows, 2]; its noise is in slot 0.
-        dynamic: Whether ``x0`` is thresholded by a quantile.
     """
 
     rows: NDArray[np.float64]
@@ -58,8 +57,7 @@ class Table:
     def slots(self) -> int:
         """History slots that the rows read or write."""
         used = [j for j in range(HISTORY_SLOTS) if self.rows[:, Step.H + j].any()]
-        slot_columns = [Step.STORE + k * STORE_COLUMNS + Store.SLOT for k in range(STORES)]
-        written = int(self.rows[:, slot_columns].max(initial=-1))
+        written = int(self.rows[:, SLOTS].max(initial=-1))
         return max([written, *used], default=-1) + 1
 
     @staticmethod
@@ -115,15 +113,29 @@ class Table:
         The network predicts ``eps`` of ``x_t = sqrt(alpha_bar_t) y + s_t gamma eps + m_t r``. TrojDiff's reverse processes are
         DDPM and DDIM with ``m_t = s_t`` (Chen et al. 2023, eq. 9 and algorithm 2); this is that of any sampler.
 
+        Rows of a corrector and networks that predict anything but ``eps`` have no shifted form here. Shifts add up. The start
+        stays ``start (gamma eps + r)``, also where the first ``m_t`` is not ``start``.
+
         Args:
             path: ``m_t`` before each row and after the last, float64 [rows + 1].
-            gamma: Scale of the noise.
+            gamma: Scale of the noise, above 0.
+
+        Raises:
+            UserError: A path of another length, a scale that is not above 0, or rows of a corrector.
         """
+        if path.shape != (len(self) + 1,):
+            raise UserError(
+                f"the path has shape {path.shape}: expected ({len(self) + 1},), a value more than {self.name} has rows"
+            )
+        if not gamma > 0:
+            raise UserError(f"gamma is {gamma}: expected a scale above 0")
+        if self.corrector is not None:
+            raise UserError(f"{self.name} has rows of a corrector: expected a sampler without one")
         rows, of_slot = self.rows.copy(), np.zeros(HISTORY_SLOTS)
         rows[:, [Step.B, Step.S, Step.Z]] *= gamma
         for row, now, after in zip(rows, path[:-1], path[1:], strict=True):
-            row[Step.D] = -row[Step.A] * now
-            row[Step.R] = after - row[Step.P] * now - row[Step.H : Step.H + HISTORY_SLOTS] @ of_slot
+            row[Step.D] -= row[Step.A] * now
+            row[Step.R] += after - row[Step.P] * now - row[Step.H : Step.H + HISTORY_SLOTS] @ of_slot
             stored = of_slot.copy()
             for k in range(STORES):
                 store = row[Step.STORE + k * STORE_COLUMNS :][:STORE_COLUMNS]
@@ -133,14 +145,14 @@ class Table:
                     stored[slot] = store[Store.E] * now + kept + store[Store.K] * after
             of_slot = stored
         learned = None if self.log_variance is None else self.log_variance + 2 * np.log(gamma)
-        return replace(self, rows=rows, name=f"{self.name}+shift", gamma=gamma, log_variance=learned)
+        return replace(self, rows=rows, name=f"{self.name}+shift", gamma=self.gamma * gamma, log_variance=learned)
 
 
 def blank(timesteps: Sequence[float]) -> NDArray[np.float64]:
     """Rows that do nothing: no terms, no clamps, no stores; float64 [len(timesteps), STEP_COLUMNS]."""
     rows = np.zeros((len(timesteps), STEP_COLUMNS))
     rows[:, [Step.LOW0, Step.LOW]], rows[:, [Step.HIGH0, Step.HIGH]] = -np.inf, np.inf
-    rows[:, [Step.STORE + k * STORE_COLUMNS + Store.SLOT for k in range(STORES)]] = -1
+    rows[:, SLOTS] = -1
     rows[:, Step.IN], rows[:, Step.TIME] = 1, timesteps
     return rows
 
