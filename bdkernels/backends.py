@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, Final
 
 import torch
@@ -37,22 +36,14 @@ def _valid(name: str | None, source: str) -> str | None:
 _forced: str | None = _valid(os.environ.get("BDK_BACKEND") or None, "BDK_BACKEND")
 
 
-@cache
-def _gpu_module(name: str) -> Any:
-    """``bdkernels.triton`` or ``bdkernels.cuda``, imported on first use; None where this build has no such module."""
-    path = f"{__package__}.{name}"
-    return import_module(path) if find_spec(path) else None
-
-
 def _module(name: str) -> Any:
-    return {"cpu": native, "reference": reference}.get(name) or _gpu_module(name)
+    """The module of a backend; those for GPUs are imported on first use."""
+    return {"cpu": native, "reference": reference}.get(name) or import_module(f"{__package__}.{name}")
 
 
 def missing(name: str) -> str:
     """Why a backend is not present and what to install, in one sentence; empty where it is present."""
     module = _module(name)
-    if module is None:
-        return f"bdkernels.{name} is not part of this build: install one that has it"
     return "" if module is reference or module.available() else str(module.reason())
 
 
