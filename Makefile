@@ -10,7 +10,7 @@ demo: .venv/installed
 	$(RUN) -m bdengine.cli demo
 
 test: lint
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -m "not slow and not ladder"
 
 lint: .venv/installed
 	$(BIN)/ruff check .

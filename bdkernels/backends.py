@@ -36,14 +36,9 @@ def _valid(name: str | None, source: str) -> str | None:
 _forced: str | None = _valid(os.environ.get("BDK_BACKEND") or None, "BDK_BACKEND")
 
 
-@cache
-def _gpu_module(name: str) -> Any:
-    """``bdkernels.triton`` or ``bdkernels.cuda``, imported on first use."""
-    return import_module(f"{__package__}.{name}")
-
-
 def _module(name: str) -> Any:
-    return {"cpu": native, "reference": reference}.get(name) or _gpu_module(name)
+    """The module of a backend; those for GPUs are imported on first use."""
+    return {"cpu": native, "reference": reference}.get(name) or import_module(f"{__package__}.{name}")
 
 
 def missing(name: str) -> str:

@@ -1,8 +1,7 @@
 """The compiled kernels for CUDA tensors: the functions of ``reference.py``, bit for bit, in CUDA C++.
 
-Calls are queued on torch's current stream of the tensors' device, and nothing is read back. What only the device sees
-(an arm or a row outside the table) stops the kernel: torch raises when it next waits for the device, and the process
-must start anew, as after torch's own device-side asserts. A step of `normal` is taken modulo 2^32.
+Calls are queued on torch's current stream of the tensors' device, and nothing is read back. A step of `normal` is taken
+modulo 2^32.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""The public ops. Each checks its arguments, then calls one registered torch op; the formulas are in ``columns.py``."""
+"""The public ops. Each checks its arguments, then calls one registered torch op; the formulas are in ``columns.py``.
+
+An arm or a row outside the table is a ``ValueError`` on the CPU. On a GPU nothing is read back to see it: such a row is
+never read, its columns are NaN, so the pixels that take it become NaN, and a sample whose ``arm`` it is stores nothing.
+"""
 
 from __future__ import annotations
 

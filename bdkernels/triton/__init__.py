@@ -1,7 +1,7 @@
 """The kernels in Triton, for CUDA tensors: the functions of ``reference.py``, bit for bit.
 
-Arguments have been checked by ``ops.py``. What only a kernel sees, an arm or a row outside the table, is never read: the
-sample becomes NaN. Triton itself is imported here and nowhere above, so the first CUDA call pays for it.
+Arguments have been checked by ``ops.py``. Triton itself is imported here and nowhere above, so the first CUDA call pays
+for it.
 """
 
 from __future__ import annotations

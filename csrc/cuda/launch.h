@@ -1,8 +1,7 @@
 // The ops on a CUDA device, queued on a stream. Addresses are of device memory; nothing is read by the host.
 //
 // Each throws std::invalid_argument where a size is beyond the kernels, std::runtime_error where CUDA
-// refuses. An arm or a row outside of its table cannot be seen from here: the kernel traps, which torch
-// reports at its next call.
+// refuses. An arm or a row outside of its table cannot be seen from here: the kernel makes that sample NaN.
 #pragma once
 
 #include "bdk/calls.h"

@@ -186,13 +186,16 @@ __device__ void store(const View& view, const Size& size, const At& at, const fl
     }
 }
 
-// The row of a table; a whole one is read 16 bytes at a time. Traps where an index is out of range.
+// The row of a table; a whole one is read 16 bytes at a time. One that the table has not is never read: its
+// columns are NaN.
 template <int kColumns, bool kWhole>
 __device__ Row<Scalar, kColumns> load_row(const Table& table, int64_t arm, int64_t index) {
-    if (uint64_t(arm) >= uint64_t(table.arms) || uint64_t(index) >= uint64_t(table.rows)) __trap();
-    const float* row = table.row(arm, index);
+    const bool known = uint64_t(arm) < uint64_t(table.arms) && uint64_t(index) < uint64_t(table.rows);
+    const float* row = table.row(known ? arm : 0, known ? index : 0);
     float value[kColumns];
-    if constexpr (kWhole) {
+    if (!known) {
+        for (float& column : value) column = NAN;
+    } else if constexpr (kWhole) {
         for (int c = 0; c < kColumns; c += 4) {
             const float4 four = __ldg(reinterpret_cast<const float4*>(row + c));
             memcpy(&value[c], &four, sizeof four);

@@ -27,7 +27,8 @@ def module(reason: str = "", serves: str = "cuda") -> Any:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """The modules of the two GPU backends, both present unless a test says otherwise, on a device of torch's."""
     modules = {"triton": module(), "cuda": module()}
-    monkeypatch.setattr(backends, "_gpu_module", modules.get)
+    module_of = backends._module
+    monkeypatch.setattr(backends, "_module", lambda name: modules.get(name) or module_of(name))
     monkeypatch.setattr(backends, "_warned", set())
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
     backends._preferred.cache_clear()

@@ -80,6 +80,7 @@ struct Launch {
     void run_block();
     bool release_warps();
     void answer(u32 first, u32 mask);
+    void move_matrices(u32 first, u32 present);
     void release_block();
     std::string place(const Thread& t) const;
 };

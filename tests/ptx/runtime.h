@@ -63,7 +63,9 @@ enum Collective {
     kMaxSigned,
     kAnd,
     kOr,
-    kXor
+    kXor,
+    kLoadMatrix,
+    kStoreMatrix
 };
 
 struct Launch;
@@ -81,6 +83,13 @@ struct Thread {
     u8 unset = kSet, result_unset = kSet;
     bool inside = false;
 
+    // ldmatrix, stmatrix: the address of the row that this lane names, and its two elements of each matrix.
+    Space space = kGeneric;
+    u64 row = 0;
+    u32 matrices = 0, elements[4] = {};
+    u8 elements_unset[4] = {};
+    bool transposed = false;
+
     // What other threads did before these times, it has seen: its warp by lane, the rest of the block.
     u32 seen[32] = {}, seen_block = 0;
     u64 jumps_back = 0;
@@ -90,6 +99,7 @@ struct Thread {
     void jump_back();
     void wait_block(int site, u32 barrier, u32 threads);
     void wait_warp(int site, Collective kind, u32 mask, u32 value, u8 unset, u32 lane_b = 0, u32 lane_c = 0);
+    void wait_matrices(int site, Collective kind, u32 count, bool transposed, Space space, u64 row);
 
     const u32* grid() const;
     const u32* block() const;

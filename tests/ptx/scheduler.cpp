@@ -31,6 +31,11 @@ void Thread::wait_warp(int at_site, Collective kind, u32 members, u32 x, u8 unse
     lane_b = b, lane_c = c;
 }
 
+void Thread::wait_matrices(int at_site, Collective kind, u32 count, bool trans, Space of, u64 at) {
+    wait_warp(at_site, kind, ~0u, 0, kSet);
+    matrices = count, transposed = trans, space = of, row = at;
+}
+
 // A warp instruction goes on when every member that has not exited waits at it with the same mask.
 bool Launch::release_warps() {
     bool released = false;
@@ -58,6 +63,8 @@ void Launch::answer(u32 first, u32 present) {
     std::vector<Thread*> members;
     for (u32 lane = 0; lane < 32; ++lane)
         if (present >> lane & 1) members.push_back(&threads[first + lane]);
+    const Collective kind = members[0]->collective;
+    if (kind == kLoadMatrix || kind == kStoreMatrix) move_matrices(first, present);
     u32 votes = 0;
     for (Thread* t : members) votes |= u32(t->value != 0) << t->index % 32;
     for (Thread* t : members) {
@@ -67,6 +74,8 @@ void Launch::answer(u32 first, u32 present) {
         t->result_unset = t->unset;
         switch (t->collective) {
             case kWarpSync:
+            case kLoadMatrix:
+            case kStoreMatrix:
                 break;
             case kUp:
             case kDown:
@@ -114,13 +123,50 @@ void Launch::answer(u32 first, u32 present) {
         }
     }
     // Only bar.warp.sync orders memory; shuffles, votes and reductions do not.
-    if (members[0]->collective == kWarpSync) {
+    if (kind == kWarpSync) {
         ++time;
         for (Thread* t : members)
             for (u32 lane = 0; lane < 32; ++lane)
                 if (present >> lane & 1) t->seen[lane] = time;
     }
     for (Thread* t : members) t->state = Thread::kReady;
+}
+
+// Matrices of 8 x 8 elements of 16 bits. Lane 8 k + i names row i of matrix k, 16 bytes. In matrix k a lane
+// holds elements (lane / 4, 2 (lane % 4)) and the next of that row; with .trans, the same places of the
+// transpose.
+void Launch::move_matrices(u32 first, u32 present) {
+    Thread* lanes = &threads[first];
+    const bool loads = lanes->collective == kLoadMatrix;
+    current = lanes;
+    if (present != ~0u) throw Fault{"a matrix instruction without all 32 lanes of the warp"};
+    for (u32 k = 0; k < lanes->matrices; ++k) {
+        b16 matrix[8][8];
+        u8 unset[8][8];
+        for (u32 i = 0; loads && i < 8; ++i) {
+            current = &lanes[8 * k + i];
+            current->read(current->space, kRead, current->row, 2, 8, matrix[i], unset[i]);
+        }
+        for (u32 lane = 0; lane < 32; ++lane) {
+            Thread& t = lanes[lane];
+            if (loads) t.elements[k] = 0, t.elements_unset[k] = kSet;
+            for (u32 half = 0; half < 2; ++half) {
+                u32 row = lane / 4, column = lane % 4 * 2 + half;
+                if (t.transposed) std::swap(row, column);
+                if (loads) {
+                    t.elements[k] |= u32(matrix[row][column]) << 16 * half;
+                    t.elements_unset[k] |= unset[row][column];
+                } else {
+                    matrix[row][column] = t.elements[k] >> 16 * half;
+                    unset[row][column] = t.elements_unset[k];
+                }
+            }
+        }
+        for (u32 i = 0; !loads && i < 8; ++i) {
+            current = &lanes[8 * k + i];
+            current->write(current->space, current->row, 2, 8, matrix[i], unset[i]);
+        }
+    }
 }
 
 // Nobody can run and no warp instruction is complete: the whole block waits at one barrier, or there is a

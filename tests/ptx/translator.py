@@ -307,6 +307,27 @@ class Translator:
         answer = self.put(result, kind, "t.result", "t.result_unset")
         return self._wait(call, answer + (self.put(inside, "pred", "t.inside", "kSet") if inside else ""))
 
+    def matrix(self, name: str, m: list[str], o: tuple[str, ...]) -> str:
+        """ldmatrix, stmatrix of 8 x 8 elements of 16 bits: the first 8 lanes a matrix name its rows."""
+        at, registers = (o[1], o[0]) if name == "ldmatrix" else o
+        held = split_operands(registers.strip("{}"))
+        space = next((x for x in m if x in ("shared", "shared::cta")), "")
+        expected = ["sync", "aligned", "m8n8", f"x{len(held)}", *(["trans"] if "trans" in m else [])]
+        if m != [*expected, *([space] if space else []), "b16"] or len(held) not in (1, 2, 4):
+            raise PtxError("unknown matrix instruction")
+        row = f"t.index % 32 < {8 * len(held)} ? {self.address(at)} : 0"
+        given = f"{len(held)}, {str('trans' in m).lower()}, {isa.SPACES.get(space, 'kGeneric')}, {row}"
+        if name == "ldmatrix":
+            answer = "".join(
+                self.put(r, "b32", f"t.elements[{i}]", f"t.elements_unset[{i}]") for i, r in enumerate(held)
+            )
+            return self._wait(f"t.wait_matrices({{site}}, kLoadMatrix, {given});", answer)
+        text = "".join(
+            f"t.elements[{i}] = {self.value(r, 'b32')}; t.elements_unset[{i}] = {self.unset(r)}; "
+            for i, r in enumerate(held)
+        )
+        return text + self._wait(f"t.wait_matrices({{site}}, kStoreMatrix, {given});", "")
+
     def fence(self, m: list[str], o: tuple[str, ...]) -> str:
         """Threads run one at a time and see every store at once, so a fence has nothing to do."""
         if o or ".".join(m) not in isa.FENCES:
@@ -323,6 +344,8 @@ class Translator:
             text = self.and_or(name, s.operands)
         elif s.opcode in isa.COLLECTIVES:
             text = self.collective(s.opcode, s.operands)
+        elif name in ("ldmatrix", "stmatrix"):
+            text = self.matrix(name, modifiers, s.operands)
         elif name in _FORMS:
             text = _FORMS[name](self, modifiers, s.operands)
         else:

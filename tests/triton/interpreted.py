@@ -181,12 +181,22 @@ def test_an_index_outside_the_table_makes_that_sample_nan(name: str, value: int)
         testing.assert_same_bits("history", own["history"][:, 1], history[:, 1])
 
 
+def test_pixels_outside_a_region_keep_their_row() -> None:
+    case = testing.random_step_case(generator(7), (2, 3, 4, 4))
+    before = kernels.fused_step(**case)
+    case["arm_inside"][:] = -1
+    testing.assert_same_bits("output", kernels.fused_step(**case), before.masked_fill(case["region"], torch.nan))
+
+
 def test_a_timestep_outside_the_table_makes_that_sample_nan() -> None:
-    case = testing.random_noising_case(generator(7), (3, 1, 3, 5))
+    case = testing.random_noising_case(generator(7), (4, 1, 3, 5))
     case["t"][1] = 7
-    after = kernels.fused_noising(**case)
-    assert after[1].isnan().all()
-    assert after[::2].isfinite().all()
+    assert kernels.fused_noising(**case).isnan().flatten(1).all(1).tolist() == [False, True, False, False]
+    loss = testing.random_loss_case(generator(7), (4, 1, 3, 5))
+    loss["t"][1] = -1
+    losses, gradient = kernels.fused_loss(**loss)
+    assert losses.isnan().tolist() == [False, True, False, False]
+    assert gradient.isnan().flatten(1).all(1).tolist() == [False, True, False, False]
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 3, 0, 4)])
