@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "rows.h"
+#include "norm.h"
 
 namespace bdk {
 
@@ -18,6 +18,7 @@ void normal(const Extent&, const NormalCall&);
 void fused_step(const Extent&, const StepCall&, int64_t* bad_row);  // bad_row may be null
 void fused_noising(const Extent&, const NoisingCall&);
 void fused_loss(const Extent&, const LossCall&, float* losses);
+void group_norm(int64_t samples, int threads, const NormCall&);
 
 const char* isa();                // the one in use
 std::vector<std::string> isas();  // those that run here, the fastest first
