@@ -39,7 +39,7 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-Wno-uninitial
 # The rows gain 10-20 % from scheduling before register allocation, which is off by default on x86-64.
 FILE_FLAGS = {
     "rows_baseline.cpp": ["-fschedule-insns"],
-    "rows_avx2.cpp": ["-fschedule-insns", "-mavx2", "-mf16c"],
+    "rows_avx2.cpp": ["-fschedule-insns", "-mavx2", "-mf16c", "-mfma"],
     "rows_avx512.cpp": ["-fschedule-insns", *AVX512],
 }
 

@@ -26,7 +26,7 @@ from .noise import (
     STREAM_TIMESTEP,
     STREAM_TRAINING,
 )
-from .ops import NO_BAD_ROW, bind_step, fused_loss, fused_noising, fused_step, fused_step_, normal
+from .ops import NO_BAD_ROW, bind_step, fused_loss, fused_noising, fused_step, fused_step_, group_norm, normal
 
 __all__ = [
     "BACKENDS",
@@ -51,6 +51,7 @@ __all__ = [
     "fused_noising",
     "fused_step",
     "fused_step_",
+    "group_norm",
     "normal",
     "use_backend",
 ]

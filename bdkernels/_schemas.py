@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import native, reference
 from .backends import backend_for
 
 _STEP = (
@@ -27,6 +27,12 @@ _lib.define(
 _lib.define(
     "fused_loss(Tensor prediction, Tensor x0, Tensor t, Tensor arm, Tensor seeds, Tensor table,"
     f" {_NOISING}, float scale) -> (Tensor, Tensor)"
+)
+_NORM = "int groups, Tensor? shift, bool silu"
+_lib.define(f"group_norm(Tensor x, Tensor weight, Tensor bias, {_NORM}, float eps) -> (Tensor, Tensor)")
+_lib.define(
+    "group_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor statistics,"
+    f" {_NORM}) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -52,12 +58,28 @@ def _fused_loss(prediction: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return backend_for(prediction.device, prediction.dtype).fused_loss(prediction, *rest)
 
 
+def _norm_backend(x: Tensor) -> Any:
+    """Only the CPU has kernels of its own for it, and for float32 in channels-last."""
+    backend = backend_for(x.device, x.dtype)
+    return backend if backend is native and native.serves_norm(x) else reference
+
+
+def _group_norm(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _norm_backend(x).group_norm(x, *rest)
+
+
+def _group_norm_backward(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _norm_backend(x).group_norm_backward(dy, x, *rest)
+
+
 for _name, _impl in {
     "normal": _normal,
     "fused_step": _fused_step,
     "fused_step_": _fused_step_,
     "fused_noising": _fused_noising,
     "fused_loss": _fused_loss,
+    "group_norm": _group_norm,
+    "group_norm_backward": _group_norm_backward,
 }.items():
     _lib.impl(_name, _impl, "CompositeExplicitAutograd")
 
@@ -122,3 +144,33 @@ def _loss_backward(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tenso
 
 
 torch.library.register_autograd("bdk::fused_loss", _loss_backward, setup_context=_loss_context, lib=_lib)
+
+
+@torch.library.register_fake("bdk::group_norm", lib=_lib)
+def _(x: Tensor, weight: Tensor, bias: Tensor, groups: int, *rest: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(x.shape[0], groups, 2)
+
+
+@torch.library.register_fake("bdk::group_norm_backward", lib=_lib)
+def _(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+
+
+def _norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, bias, groups, shift, silu, _ = inputs
+    ctx.save_for_backward(x, weight, bias, shift, output[1])
+    ctx.groups, ctx.silu = groups, silu
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _norm_backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 7
+    x, weight, bias, shift, statistics = ctx.saved_tensors
+    dx, dweight, dbias = torch.ops.bdk.group_norm_backward(dy, x, weight, bias, statistics, ctx.groups, shift, ctx.silu)
+    dshift = None if shift is None else dx.sum((2, 3)).sum_to_size(shift.shape)
+    return dx, dweight, dbias, None, dshift, None, None
+
+
+torch.library.register_autograd("bdk::group_norm", _norm_backward, setup_context=_norm_context, lib=_lib)

@@ -11,8 +11,10 @@ import ctypes
 import importlib
 import os
 from types import ModuleType
+from typing import Final
 
 import torch
+from torch import Tensor
 
 from .compiled import CompiledOps
 
@@ -83,3 +85,68 @@ fused_step_ = _ops.fused_step_
 bind_step = _ops.bind_step
 fused_noising = _ops.fused_noising
 fused_loss = _ops.fused_loss
+
+MOST_CHANNELS: Final = 2048
+"""Of an image in `group_norm`'s kernel, which keeps a few numbers a channel on its stack."""
+
+
+def serves_norm(x: Tensor) -> bool:
+    """Whether `group_norm` has a kernel for ``x``."""
+    fits = x.dtype == torch.float32 and x.shape[1] <= MOST_CHANNELS
+    return fits and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def group_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, shift: Tensor | None, silu: bool, eps: float
+) -> tuple[Tensor, Tensor]:
+    """See `bdkernels.group_norm`; and mean and inverse deviation of each group, float32 [N, groups, 2]."""
+    out, statistics = torch.empty_like(x), torch.empty(len(x), groups, 2)
+    _norm(x, out, weight, bias, statistics, groups, eps, shift, silu, ())
+    return out, statistics
+
+
+def group_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    statistics: Tensor,
+    groups: int,
+    shift: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients in ``x``, ``weight`` and ``bias``."""
+    dx, (dweight, dbias) = torch.empty_like(x), torch.empty(2, len(x), x.shape[1])
+    dy = dy.contiguous(memory_format=torch.channels_last)
+    _norm(x, x, weight, bias, statistics, groups, 0.0, shift, silu, (dy, dx, dweight, dbias))
+    return dx, dweight.sum(0), dbias.sum(0)
+
+
+def _norm(
+    x: Tensor,
+    out: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    statistics: Tensor,
+    groups: int,
+    eps: float,
+    shift: Tensor | None,
+    silu: bool,
+    backward: tuple[Tensor, ...],
+) -> None:
+    stride = 0 if shift is None or len(shift) == 1 else x.shape[1]
+    _module().group_norm(
+        x.data_ptr(),
+        out.data_ptr(),
+        0 if shift is None else shift.data_ptr(),
+        stride,
+        weight.data_ptr(),
+        bias.data_ptr(),
+        statistics.data_ptr(),
+        tuple(x.shape),
+        groups,
+        eps,
+        silu,
+        *([tensor.data_ptr() for tensor in backward] or [0] * 4),
+        torch.get_num_threads(),
+    )

@@ -417,3 +417,48 @@ def fused_loss(
         prediction, x0, t, arm, seeds, table, trigger, mask, flip, region, arm_inside, scale
     )
     return loss
+
+
+def group_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    *,
+    eps: float = 1e-5,
+    shift: Tensor | None = None,
+    silu: bool = False,
+) -> Tensor:
+    """Group normalisation of ``x + shift`` and then SiLU, as in a residual block, in one pass: differentiable.
+
+    Args:
+        x: float [N, C, H, W]; float32 in channels-last has a kernel on the CPU, all else runs in torch.
+        weight, bias: [C], ``x``'s dtype.
+        groups: Divides C.
+        eps: Added to the variance.
+        shift: [N or 1, C], ``x``'s dtype: a time embedding.
+        silu: Whether ``v / (1 + e^-v)`` follows.
+
+    Returns:
+        Of ``x``'s shape, dtype and layout.
+
+    Raises:
+        TypeError: A wrong dtype.
+        ValueError: A wrong shape or device.
+    """
+    _check_batch("x", x)
+    _check_dtype("x", x, _FLOATS)
+    channels = x.shape[1]
+    if groups < 1 or channels % groups:
+        raise ValueError(f"groups is {groups}: expected a divisor of {channels} channels")
+    for name, value, leads in (("weight", weight, None), ("bias", bias, None), ("shift", shift, (1, len(x)))):
+        if value is None:
+            continue
+        _check_dtype(name, value, (x.dtype,))
+        _check_device(name, value, x.device)
+        if value.shape[-1:] != (channels,) or value.dim() != (1 if leads is None else 2):
+            expected = f"({channels},)" if leads is None else f"(1 or {len(x)}, {channels})"
+            raise ValueError(f"{name} has shape {tuple(value.shape)}: expected {expected}")
+        if (leads is not None and value.shape[0] not in leads) or not value.is_contiguous():
+            raise ValueError(f"{name} has shape {tuple(value.shape)}: expected (1 or {len(x)}, {channels}), contiguous")
+    return torch.ops.bdk.group_norm(x, weight, bias, groups, shift, silu, eps)[0]

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import noise
@@ -286,3 +287,42 @@ def fused_loss(
     weight = row[Noising.W] * scale
     loss = (weight * difference.square()).flatten(1).sum(1, dtype=torch.float64)
     return loss.to(compute), (2 * weight * difference).to(prediction.dtype)
+
+
+def group_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, shift: Tensor | None, silu: bool, eps: float
+) -> tuple[Tensor, Tensor]:
+    """See `bdkernels.group_norm`; and mean and inverse deviation of each group, [N, groups, 2]."""
+    v = x if shift is None else x + shift[:, :, None, None]
+    n, c, h, w = v.shape
+    out, mean, inverse = torch.native_group_norm(v.contiguous(), weight, bias, n, c, h * w, groups, eps)
+    if x.is_contiguous(memory_format=torch.channels_last):
+        out = out.contiguous(memory_format=torch.channels_last)
+    return F.silu(out) if silu else out, torch.stack([mean, inverse], dim=-1)
+
+
+def group_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    statistics: Tensor,
+    groups: int,
+    shift: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients in ``x``, ``weight`` and ``bias``: dx = inverse (d w - mean(d w) - n mean(d w n)), d = dy silu'(u)."""
+    n, _, h, w = x.shape
+    v = x if shift is None else x + shift[:, :, None, None]
+    mean, inverse = (s.to(x.dtype)[:, :, None, None] for s in statistics.unbind(-1))
+    normalised = ((v.reshape(n, groups, -1, h * w) - mean) * inverse).reshape(x.shape)
+    d = dy
+    if silu:
+        u = normalised * weight[:, None, None] + bias[:, None, None]
+        gate = torch.sigmoid(u)
+        d = dy * gate * (1 + u * (1 - gate))
+    weighted = (d * weight[:, None, None]).reshape(n, groups, -1, h * w)
+    one = weighted.mean((2, 3), keepdim=True)
+    with_n = (weighted * normalised.reshape(weighted.shape)).mean((2, 3), keepdim=True)
+    dx = (weighted - one - normalised.reshape(weighted.shape) * with_n) * inverse
+    return dx.reshape(x.shape), (d * normalised).sum((0, 2, 3)), d.sum((0, 2, 3))

@@ -31,6 +31,17 @@ struct Cpu {
     }
 };
 
+void bind_group_norm(Address x, Address out, Address shift, int64_t shift_stride, Address weight,
+                     Address bias, Address statistics, const Shape& shape, int64_t groups, float eps,
+                     bool silu, Address dy, Address dx, Address dweight, Address dbias, int threads) {
+    const auto [n, c, h, w] = shape;
+    group_norm(n, threads,
+               {pointer<const float>(x), pointer<float>(out), pointer<const float>(shift), shift_stride,
+                pointer<const float>(weight), pointer<const float>(bias), pointer<float>(statistics), h * w,
+                c, groups, eps, silu, pointer<const float>(dy), pointer<float>(dx), pointer<float>(dweight),
+                pointer<float>(dbias)});
+}
+
 // The whole counter, for Random123's test vectors; the ops leave its last word zero.
 Shape philox_words(const Shape& counter, int64_t seed) {
     const auto [c0, c1, c2, c3] = counter;
@@ -58,6 +69,7 @@ py::dict columns() {
 PYBIND11_MODULE(_native, m) {
     Bindings<Cpu>::define(m);
     m.attr("LOSS_PART") = kLossPart;
+    m.def("group_norm", bind_group_norm, py::call_guard<py::gil_scoped_release>());
     m.def("philox", philox_words);
     m.def("columns", columns);
     m.def("isa", isa);

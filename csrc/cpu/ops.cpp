@@ -20,7 +20,8 @@ std::vector<const Rows*> usable() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
         found.push_back(&AVX512);
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) found.push_back(&AVX2);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma"))
+        found.push_back(&AVX2);
 #endif
     found.push_back(&BASELINE);
     return found;
@@ -117,6 +118,15 @@ void fused_loss(const Extent& extent, const LossCall& call, float* losses, doubl
         for (int64_t p = 0; p < per_sample; ++p) total += parts[i * per_sample + p];
         losses[i] = float(total);
     }
+}
+
+void group_norm(int64_t samples, int threads, const NormCall& call) {
+    if (call.channels > kMostChannels)
+        throw std::invalid_argument(std::to_string(call.channels) + " channels: expected at most " +
+                                    std::to_string(kMostChannels));
+    const Rows& isa = *rows;
+    auto body = [&](int64_t sample) { isa.norm(call, sample); };
+    parallel_for(samples, threads, body);
 }
 
 }  // namespace bdk

@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "rows.h"
+#include "norm.h"
 
 namespace bdk {
 
@@ -21,6 +21,7 @@ void fused_noising(const Extent&, const NoisingCall&);
 // Sums of at most this many elements are written to `parts`, one after another, those of a sample together.
 constexpr int64_t kLossPart = 8192;
 void fused_loss(const Extent&, const LossCall&, float* losses, double* parts);
+void group_norm(int64_t samples, int threads, const NormCall&);
 
 const char* isa();                // the one in use
 std::vector<std::string> isas();  // those that run here, the fastest first

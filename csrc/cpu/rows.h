@@ -10,12 +10,15 @@ struct Span {
     int64_t sample, first, last;
 };
 
+struct NormCall;
+
 struct Rows {
     const char* name;
     void (*normal)(const NormalCall&, Span);
     bool (*step)(const StepCall&, Span);  // false where the network's output holds a NaN or an infinity
     void (*noising)(const NoisingCall&, Span);
     double (*loss)(const LossCall&, Span);
+    void (*norm)(const NormCall&, int64_t sample);
 };
 
 extern const Rows BASELINE;  // 128-bit vectors

@@ -117,6 +117,17 @@ struct Lanes {
 #endif
     }
 
+    // a b + c, in one rounding where the machine can: only for what is held to a tolerance, not to bits.
+    BDK_HD static F multiply_add(F a, F b, F c) {
+#if defined(__AVX512F__)
+        if constexpr (N == 16) return _mm512_fmadd_ps(a, b, c);
+#endif
+#if defined(__FMA__)
+        if constexpr (N == 8) return _mm256_fmadd_ps(a, b, c);
+#endif
+        return a * b + c;
+    }
+
     // GCC 12 widens a vector of 8 bytes one byte at a time.
     BDK_HD static W load_bytes(const uint8_t* p) {
 #if defined(__AVX512F__)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, pictures, report
+from .accelerate import accelerate
 from .attacks import AttackConfig
 from .cli import EvaluateConfig, SampleConfig, device, seeds_of
 from .config import claim, from_json, to_json
@@ -48,7 +49,7 @@ class Model:
             UserError: Nothing there, or a broken or foreign file.
         """
         path = find(name)
-        network = Network(checkpoint.load_unet(path)).to(device()).requires_grad_(False)
+        network = Network(accelerate(checkpoint.load_unet(path))).to(device()).requires_grad_(False)
         extra = Path(path) / checkpoint.EXTRA
         made_by = read_json(extra) if extra.is_file() else {}
         return cls(network, checkpoint.load_scheduler_config(path), made_by)

@@ -55,6 +55,7 @@ struct Scalar {
         return f;
     }
     BDK_HD static F sqrt(F v) { return sqrtf(v); }
+    BDK_HD static F multiply_add(F a, F b, F c) { return a * b + c; }
 };
 
 }  // namespace bdk

@@ -1,0 +1,68 @@
+"""The accelerated network is the stock one: values and gradients at most twice as wrong, weights and names untouched."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bdengine.accelerate import accelerate
+from bdengine.networks import Network, unet
+from bdkernels.testing import at_most_twice_as_wrong
+
+SMALL: dict[str, Any] = {"size": 16, "channels": 3, "widths": (8, 16, 24), "groups": 4}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "attention": {"attention": 2, "layers": 2},
+    "scale-shift": {"resnet_time_scale_shift": "scale_shift"},
+    "other activation": {"act_fn": "gelu"},
+    "resnet downsampling": {"downsample_type": "resnet", "upsample_type": "resnet"},
+    "scaled": {"mid_block_scale_factor": 2**0.5},
+}
+
+
+def networks(options: dict[str, Any]) -> tuple[Network, Network]:
+    torch.manual_seed(0)
+    stock = unet(**{**SMALL, **options})
+    return Network(copy.deepcopy(stock)), Network(accelerate(stock))
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(5, 3, 16, 16, generator=g), torch.tensor([3.0, 500.0, 999.0, 3.0, 20.0])
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_values_and_gradients(name: str) -> None:
+    stock, ours = networks(VARIANTS[name])
+    truth = Network(copy.deepcopy(stock.unet).double())
+    x, t = batch()
+    found = []
+    for network, dtype in ((truth, torch.float64), (stock, torch.float32), (ours, torch.float32)):
+        given = x.to(dtype).requires_grad_()
+        out = network(given, t)
+        out.square().sum().backward()
+        found.append([out.detach(), given.grad, torch.cat([p.grad.flatten() for p in network.parameters()])])
+    for what, exact, peer, got in zip(("output", "input", "weights"), *found, strict=True):
+        assert at_most_twice_as_wrong(got, peer, exact), what
+
+
+def test_weights_and_names_stay() -> None:
+    stock, ours = networks({})
+    assert list(stock.state_dict()) == list(ours.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(stock.state_dict().values(), ours.state_dict().values(), strict=True))
+    ours.load_state_dict(stock.state_dict())
+    assert list(dict(ours.named_parameters())) == list(dict(stock.named_parameters()))
+
+
+def test_a_large_batch_stays_channels_last() -> None:
+    """Stock turns batches of 64 and more into the other layout and back at each upsampling."""
+    stock, ours = networks({})
+    x = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        a, b = stock(x, torch.tensor(7.0)), ours(x, torch.tensor(7.0))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert b.is_contiguous(memory_format=torch.channels_last)
