@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 import struct
+from bisect import bisect_left
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Final
 
 SIZES: Final = {
@@ -103,8 +105,9 @@ def split_operands(text: str) -> list[str]:
     return [part.strip() for part in parts] if text.strip() else []
 
 
+@cache
 def parse(text: str) -> Module:
-    """The module that a PTX file holds. Raises :class:`PtxError` for anything outside the grammar."""
+    """The module that a PTX file holds, read once. Raises :class:`PtxError` for anything outside the grammar."""
     text = _strip(text)
     module, at = Module(), 0
     while match := re.compile(r"\S").search(text, at):
@@ -138,8 +141,13 @@ def _strip(text: str) -> str:
     return text
 
 
+@cache
+def _line_ends(text: str) -> list[int]:
+    return [match.start() for match in re.finditer("\n", text)]
+
+
 def _line(text: str, at: int) -> int:
-    return text.count("\n", 0, at) + 1
+    return bisect_left(_line_ends(text), at) + 1
 
 
 def _semicolon(text: str, at: int) -> int:
