@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import bdkernels as bdk
-from bdkernels import testing
+from bdkernels import reference, testing
 from bdkernels.columns import Step
 from tests.ptx.executor import ORDERS, Fault
 
@@ -92,6 +92,16 @@ class OpChecks:
         m = case["model_output"].to(m_dtype)
         self.check("fused_step_", case | {"model_output": m})
         self.check("fused_step_", case | {"model_output": m.contiguous(memory_format=torch.channels_last)})
+
+    @pytest.mark.ladder
+    @pytest.mark.parametrize("name", ["x", "model_output", "trigger", "table", "history"])
+    def test_what_is_not_on_16_bytes(self, name: str) -> None:
+        """A view that starts at the second element of its memory: no access may be wider than it allows."""
+        case = testing.random_step_case(generator(10), (2, 1, 16, 24))
+        memory = torch.cat([torch.zeros(1), case[name].flatten()])
+        with self.on_gpu(80):
+            got = torch.ops.bdk.fused_step(**case | {name: memory[1:].view(case[name].shape)})
+        testing.assert_same_bits("output", got, reference.fused_step(**case))
 
     @pytest.mark.ladder
     @pytest.mark.parametrize("dtype", testing.DTYPES)
