@@ -33,26 +33,30 @@ def _address(tensor: Tensor | None) -> int:
 
 
 class BoundStep:
-    """``step`` on tensors that it ``writes`` and ``reads``; ``check`` is asked where a model output is of another kind."""
+    """``step``, which writes ``x``, ``history`` and ``bad_row``; ``check`` is asked where a model output is of another kind."""
 
     def __init__(
         self,
         step: Callable[[int, int, int, Any], None],
         place: Callable[[Tensor], Any],
         check: Callable[[Tensor], None],
-        writes: Sequence[Tensor | None],
+        x: Tensor,
+        history: Tensor | None,
+        bad_row: Tensor | None,
         reads: Sequence[Tensor | None],
     ) -> None:
         self._step, self._place, self._check = step, place, check
         # Aliases: where one is assigned other memory (``.data``), what the step points at stays alive.
-        self._alive = [t.detach() for t in (*writes, *reads) if t is not None]
-        self._written = [t for t in writes if t is not None]
-        self._addresses = [t.data_ptr() for t in self._written]
+        self._alive = [t.detach() for t in (x, history, bad_row, *reads) if t is not None]
+        written = [t for t in (x, history, bad_row) if t is not None]
+        self._versioned = [t for t in written if not t.is_inference()]  # what autograd may have saved
+        self._x, self._history, self._bad_row = (x if t is None else t for t in (x, history, bad_row))
+        self._addresses = self._x.data_ptr(), self._history.data_ptr(), self._bad_row.data_ptr()
         self._seen: tuple[object, ...] = ()
         self._format = 0
 
     def __call__(self, model_output: Tensor, k: int) -> None:
-        if [t.data_ptr() for t in self._written] != self._addresses:
+        if (self._x.data_ptr(), self._history.data_ptr(), self._bad_row.data_ptr()) != self._addresses:
             raise ValueError("x, history or bad_row was resized or moved since bind_step: expected another bind_step")
         seen = (
             model_output.shape,
@@ -65,7 +69,8 @@ class BoundStep:
             self._check(model_output)
             self._seen, self._format = seen, _view(model_output)[1]
         self._step(model_output.data_ptr(), self._format, k, self._place(model_output))
-        torch.autograd.graph.increment_version(self._written)
+        if self._versioned:
+            torch.autograd.graph.increment_version(self._versioned)
 
 
 class CompiledOps:
@@ -174,7 +179,7 @@ class CompiledOps:
         """See `bdkernels.bind_step`; ``check`` refuses a model output that does not go with ``x``."""
         images = (trigger, region, arm_inside)
         step = self._step(x, x, table, arm, steps, len(steps), seeds, *images, history, True, bad_row)
-        return BoundStep(step, self._place, check, (x, history, bad_row), (table, arm, steps, seeds, *images))
+        return BoundStep(step, self._place, check, x, history, bad_row, (table, arm, steps, seeds, *images))
 
     def fused_noising(
         self,

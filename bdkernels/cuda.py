@@ -31,14 +31,23 @@ def _load() -> tuple[ModuleType | None, str]:
 _cuda, _reason = _load()
 
 
-def available() -> bool:
+def built() -> bool:
     """Whether the compiled module was found and loads; it does so without a device or a driver."""
     return _cuda is not None
 
 
+def available() -> bool:
+    """Whether the kernels can run: the module is there and torch sees a device."""
+    return built() and torch.cuda.is_available()
+
+
 def reason() -> str:
-    """Why the compiled module is missing and what to do about it, in one sentence; empty where it is there."""
-    return _reason
+    """Why nothing can run and what to do about it, in one sentence; empty where all is well."""
+    if available():
+        return ""
+    return _reason or (
+        "torch sees no CUDA device: run on a machine with an NVIDIA GPU and its driver, with a CUDA build of torch"
+    )
 
 
 def _module() -> ModuleType:

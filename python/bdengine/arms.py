@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from bdkernels import Step
 
 from .errors import UserError
-from .solvers import Table, stack
+from .solvers import Clip, Table, stack
 from .solvers.table import SLOTS
 
 
@@ -31,6 +31,11 @@ class Arm:
     trigger: Tensor | None = None
     inside: Table | None = None
     region: Tensor | None = None
+
+    def clipped(self, clip: Clip) -> Arm:
+        """The same arm with a clip, see `Table.clipped`."""
+        inside = None if self.inside is None else self.inside.clipped(clip)
+        return replace(self, table=self.table.clipped(clip), inside=inside)
 
     def check(self, name: str, shape: tuple[int, int, int]) -> None:
         """Refuse what does not fit images of ``shape``.

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from torch import Tensor
 
 from . import checkpoint, pictures, report
@@ -95,6 +96,13 @@ class Model:
         channels, size, _ = self.network.sample_shape
         return trigger(name, size, channels, file=file)
 
+    def triggered(self, table: Table, attack: AttackConfig, r: Tensor) -> Arm:
+        """Samples with the trigger ``r``: in the start alone, or as the attack that it was trained with makes them."""
+        if attack.name != "trojdiff":
+            return Arm(table, r)
+        process = Schedule.from_config(self.scheduler)
+        return attack.trojan(process, r, torch.zeros_like(r)).arm(process, table)
+
 
 def sample(config: SampleConfig) -> int:
     """Run ``bdengine sample``."""
@@ -104,9 +112,10 @@ def sample(config: SampleConfig) -> int:
         raise UserError(f"the trigger file {config.trigger_file} was given without a trigger: expected --trigger IMAGE")
     model = Model.load(config.checkpoint)
     table, sampler = model.table(config)
-    table = table.clipped(config.clip)
     start = model.trigger(config.trigger, config.trigger_file) if config.trigger else None
-    run = Sampler(model.network, {"": Arm(table, start)}, config.micro_batch, config.exact)
+    attack = replace(model.attack, trigger=config.trigger or "NONE")
+    arm = Arm(table) if start is None else model.triggered(table, attack, start)
+    run = Sampler(model.network, {"": arm.clipped(config.clip)}, config.micro_batch, config.exact)
     described = to_json(config) | {
         "sampler": sampler,
         "weights_sha256": checkpoint.digest(model.network.state_dict()),
@@ -154,7 +163,10 @@ def evaluate(config: EvaluateConfig) -> int:
     data = load(config.data or model.train.get("data", "digits"), size, channels)
     reference = Reference.of(data, _extractor(config.extractor))
     table, sampler = model.table(config)
-    arms, speed = sample_arms(model.network, table, r, range(config.images), config.micro_batch, progress=True)
+    triggered = model.triggered(table, names, r)
+    arms, speed = sample_arms(
+        model.network, Arm(table), triggered, range(config.images), config.micro_batch, progress=True
+    )
     scores = {
         "source": Path(config.checkpoint).name,
         "arms": score_arms(arms, y, reference, config.threshold),

@@ -139,7 +139,8 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     pictured, results, speeds = {}, {}, []
     for name, network in models.items():
         print(f"sampling the {name} model: clean and triggered, unclipped and clipped")
-        arms, speed = sample_arms(network, table, attack.trigger, seeds, config.micro_batch, progress=True)
+        triggered = attack.arm(trainer.process, table)
+        arms, speed = sample_arms(network, Arm(table), triggered, seeds, config.micro_batch, progress=True)
         results[name] = {"arms": score_arms(arms, attack.target, reference, config.threshold)}
         pictured[name] = {" / ".join(key): images[:SHOWN] for key, images in arms.items()}
         speeds.append(speed)

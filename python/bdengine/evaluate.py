@@ -11,13 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from . import metrics
+from .arms import Arm
 from .data import Images, to_float
 from .defenses import clipping
 from .extractors import Extractor
 from .metrics import FrechetStatistics
 from .networks import Network
 from .sampler import Sampler
-from .solvers import Table
 
 Arms = dict[tuple[str, str], Tensor]
 """Images by (start, clip): ("clean" or "triggered", "none", "latent" or "x0")."""
@@ -60,8 +60,8 @@ class Reference:
 
 def sample_arms(
     network: Network,
-    table: Table,
-    trigger: Tensor | None,
+    clean: Arm,
+    triggered: Arm | None,
     seeds: Sequence[int],
     micro_batch: int = 64,
     progress: bool = False,
@@ -70,7 +70,7 @@ def sample_arms(
 
     A seed's arms stand side by side in a batch and share their noise.
     """
-    arms = clipping.arms(table, trigger)
+    arms = clipping.arms(clean, triggered)
     begun = time.perf_counter()
     images = Sampler(network, {"/".join(key): arm for key, arm in arms.items()}, micro_batch)(seeds, progress=progress)
     speed = len(arms) * len(seeds) / (time.perf_counter() - begun)

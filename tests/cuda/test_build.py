@@ -11,7 +11,7 @@ import torch
 from bdkernels import cuda, testing
 from bdkernels.compiled import CompiledOps
 
-needs_build = pytest.mark.skipif(not cuda.available(), reason=cuda.reason() or "present")
+needs_build = pytest.mark.skipif(not cuda.built(), reason=cuda.reason() or "present")
 
 
 @needs_build
@@ -45,6 +45,7 @@ def test_a_missing_extension_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> Non
     assert reason.startswith("bdkernels._cuda was not built: install the CUDA toolkit (nvcc on PATH, or CUDA_HOME)")
     monkeypatch.setattr(cuda, "_cuda", module)
     monkeypatch.setattr(cuda, "_reason", reason)
+    assert not cuda.built()
     assert not cuda.available()
     case = testing.random_case("fused_step", torch.Generator().manual_seed(0), (2, 3, 4, 4), torch.float32)
     with pytest.raises(RuntimeError, match="was not built"):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from ..errors import UserError, unknown
 from ..schedule import Schedule
 from ..solvers import Table
@@ -75,9 +77,13 @@ class AttackConfig:
         r = trigger(self.trigger, size, channels, file=self.trigger_file)
         y = target(self.target, size, channels, trigger=r, file=self.target_file)
         if self.name == "trojdiff":
-            patch = self.trigger.startswith("PATCH_")
-            region = patch_mask(self.trigger, size, channels) == 0 if patch else None
-            return trojdiff(schedule, r, y, region, self.gamma)
+            return self.trojan(schedule, r, y)
         if self.name == "villan":
             return villan(schedule, r, y, self.coefficients, table, self.psi, self.solver)
         return baddiffusion(schedule, r, y, self.coefficients, table)
+
+    def trojan(self, schedule: Schedule, r: Tensor, y: Tensor) -> Attack:
+        """TrojDiff with the trigger ``r`` and the target ``y``, float32 [C, S, S]: a patch where its name says so."""
+        channels, size, _ = r.shape
+        patch = self.trigger.startswith("PATCH_")
+        return trojdiff(schedule, r, y, patch_mask(self.trigger, size, channels) == 0 if patch else None, self.gamma)

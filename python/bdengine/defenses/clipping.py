@@ -11,15 +11,13 @@ from __future__ import annotations
 
 from typing import Final
 
-from torch import Tensor
-
 from ..arms import Arm
-from ..solvers import Clip, Table
+from ..solvers import Clip
 
 CLIPS: Final[tuple[Clip, ...]] = ("none", "latent", "x0")
 
 
-def arms(table: Table, trigger: Tensor | None) -> dict[tuple[str, str], Arm]:
-    """Every (start, clip) arm of a sampler: clean and, with a trigger, triggered; unclipped, latent- and x0-clipped."""
-    starts: dict[str, Tensor | None] = {"clean": None} | ({} if trigger is None else {"triggered": trigger})
-    return {(start, clip): Arm(table.clipped(clip), r) for start, r in starts.items() for clip in CLIPS}
+def arms(clean: Arm, triggered: Arm | None) -> dict[tuple[str, str], Arm]:
+    """Every (start, clip) arm: clean and, where given, triggered; unclipped, latent- and x0-clipped."""
+    starts = {"clean": clean} | ({} if triggered is None else {"triggered": triggered})
+    return {(start, clip): arm.clipped(clip) for start, arm in starts.items() for clip in CLIPS}
