@@ -1,16 +1,21 @@
-# The two commands: `make demo` and `make test`. Each makes .venv when it is absent and installs pinned versions.
+# `make demo`, `make test`, and `make ladder` for device code without a GPU. Each makes .venv when it is absent and
+# installs pinned versions.
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 RUN := OMP_WAIT_POLICY=passive $(BIN)/python
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test ladder lint bench clean
 
 demo: .venv/installed
 	$(RUN) -m bdengine.cli demo
 
 test: lint
 	$(RUN) -m pytest -m "not slow and not ladder"
+
+# docs/gpu-without-a-gpu.md says what each rung proves.
+ladder: .venv/installed
+	$(RUN) -m pytest tests/triton tests/csrc tests/cuda $(wildcard tests/benchmarks/test_resources*.py) tests/ptx tests/mutants
 
 lint: .venv/installed
 	$(BIN)/ruff check .

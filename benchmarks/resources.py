@@ -1,15 +1,12 @@
-"""What the compiled kernels take of a GPU: registers, stack, shared memory, and how wide they read and write.
+"""What the kernels of both GPU backends take of a GPU, and what that is worth, without a GPU.
 
     python -m benchmarks.resources
 
-Read from the machine code in ``bdkernels._cuda``, by the cuobjdump of the CUDA toolkit or of triton's wheel, without a
-GPU. The file has one section a compiler, ``{"cuda": {"compiler": ..., "kernels": {kernel: {arch: row}}}, ...}``; a row:
+CUDA C++ is read from ``bdkernels._cuda``, Triton is compiled for each architecture; a row is that of ``machine_code.py``. The
+file has a section a compiler, ``{"cuda": {"compiler": ..., "kernels": {kernel: {arch: row}}}, "triton": {...}}``, and
+``calculated``, the figures of ``roofline.py``.
 
-    registers, stack, shared    of one thread, of one thread in bytes, of one block in bytes
-    spills                      instructions that move registers to local memory or back
-    loads, stores               of global memory in the code, by width in bits
-
-A kernel on ``Any`` goes element by element; every other one must move images 128 bits at a time.
+A CUDA kernel on ``Any`` goes element by element; every other one must move images 128 bits at a time.
 """
 
 from __future__ import annotations
@@ -19,28 +16,19 @@ import importlib.util
 import json
 import re
 import shutil
-import subprocess
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
+
+from . import roofline
+from .machine_code import Row, cuobjdump, read, row
 
 RESULTS: Final = Path(__file__).parent / "results" / "resources.json"
 MORE_REGISTERS: Final = 1.1
 """By how much a kernel's registers may grow before it counts as a regression."""
 
-Row = dict[str, Any]
 Kernels = dict[str, dict[str, Row]]
-
-
-def cuobjdump() -> str | None:
-    """Path of cuobjdump, from PATH or from triton's wheel; None where there is neither."""
-    if found := shutil.which("cuobjdump"):
-        return found
-    triton = importlib.util.find_spec("triton")
-    bundled = Path(triton.origin or "").parent / "backends/nvidia/bin/cuobjdump" if triton else Path()
-    return str(bundled) if bundled.is_file() else None
 
 
 def extension() -> Path | None:
@@ -53,54 +41,28 @@ def compiler() -> str:
     """The release of nvcc on PATH, such as "nvcc 13.0"; empty where there is none."""
     if shutil.which("nvcc") is None:
         return ""
-    said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    said = read("nvcc", "--version")
     return f"nvcc {match[1]}" if (match := re.search(r"release ([\d.]+)", said)) else ""
-
-
-def _read(tool: str, *words: str) -> str:
-    return subprocess.run([tool, *words], capture_output=True, text=True, check=True).stdout
 
 
 def architectures(tool: str, binary: Path) -> list[str]:
     """Those that ``binary`` has machine code of, the oldest first."""
     return sorted(
-        set(re.findall(r"\.(sm_\d+)\.cubin", _read(tool, "--list-elf", str(binary)))), key=lambda a: int(a[3:])
+        set(re.findall(r"\.(sm_\d+)\.cubin", read(tool, "--list-elf", str(binary)))), key=lambda a: int(a[3:])
     )
 
 
 def readable(symbol: str) -> str:
     """``step_kernel<float, Bfloat16, false, true>`` of a mangled name."""
-    name = _read("c++filt", symbol).strip()
+    name = read("c++filt", symbol).strip()
     match = re.search(r"(\w+)(<[^()]*>)?\(", name)
     return re.sub(r"\bbdk::(cuda::)?", "", match[1] + (match[2] or "")) if match else symbol
 
 
-def widths(code: str, kind: str) -> dict[str, int]:
-    """How many instructions of one kind (``LDG``, ``STG``) there are of each width in bits."""
-    found: Counter[int] = Counter()
-    for modifiers in re.findall(rf"\b{kind}((?:\.\w+)*) ", code):
-        match = re.search(r"\.[US]?(8|16|64|128)\b", modifiers)
-        found[int(match[1]) if match else 32] += 1
-    return {str(width): found[width] for width in sorted(found)}
-
-
-def row(usage: str, code: str) -> Row:
-    """The row of one kernel from cuobjdump's words on its resources, and its instructions."""
-    numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED):(\d+)", usage)}
-    return {
-        "registers": numbers["REG"],
-        "stack": numbers["STACK"],
-        "shared": numbers["SHARED"],
-        "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
-        "loads": widths(code, "LDG"),
-        "stores": widths(code, "STG"),
-    }
-
-
 def measure(tool: str, binary: Path, arch: str) -> dict[str, Row]:
     """The row of every kernel in ``binary`` for ``arch``."""
-    usage = _read(tool, "-arch", arch, "-res-usage", str(binary))
-    code = _read(tool, "-arch", arch, "-sass", str(binary))
+    usage = read(tool, "-arch", arch, "-res-usage", str(binary))
+    code = read(tool, "-arch", arch, "-sass", str(binary))
     usages = dict(re.findall(r"Function (\w+):\s*\n\s*(.*)", usage))
     codes = {part.split(None, 1)[0]: part for part in re.split(r"Function : ", code)[1:]}
     return {readable(symbol): row(usages[symbol], codes[symbol]) for symbol in sorted(codes)}
@@ -127,25 +89,40 @@ def write(section: str, content: dict[str, Any], file: Path = RESULTS) -> None:
     sections = json.loads(file.read_text()) if file.exists() else {}
     sections[section] = content
     text = json.dumps(sections, indent=1)
-    flat = re.sub(r'\{\s*"registers"[^{}]*(?:\{[^{}]*\}[^{}]*)*\}', lambda match: " ".join(match[0].split()), text)
+    flat = re.sub(
+        r'\{\s*"(?:registers|backend)"[^{}]*(?:\{[^{}]*\}[^{}]*)*\}', lambda match: " ".join(match[0].split()), text
+    )
     file.write_text(flat + "\n")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures every kernel on every architecture of the build, prints and writes the table; 1 where a tool is missing."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.resources", description=__doc__.split("\n")[0])
-    parser.parse_args(arguments)
-    tool, binary = cuobjdump(), extension()
-    if tool is None or binary is None:
-        missing = "cuobjdump (pip install triton)" if tool is None else "bdkernels._cuda (install nvcc, build again)"
-        print(f"{missing} was not found: nothing to measure", file=sys.stderr)
-        return 1
+def cuda_kernels(tool: str, binary: Path) -> Kernels:
+    """The row of every kernel in ``binary`` on every architecture of the build."""
     kernels: Kernels = {}
     for arch in architectures(tool, binary):
         for name, found in measure(tool, binary, arch).items():
             kernels.setdefault(name, {})[arch] = found
-            print(f"{name:48} {arch:7} {found}")
-    write("cuda", {"compiler": compiler(), "kernels": kernels})
+    return kernels
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures every kernel of both backends, writes the file and prints the calculated table; 1 where a tool is missing."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.resources", description=__doc__.split("\n")[0])
+    parser.parse_args(arguments)
+    tool, binary = cuobjdump(), extension()
+    if tool is None or binary is None or importlib.util.find_spec("triton") is None:
+        missing = "bdkernels._cuda (install nvcc, build again)" if binary is None else "triton (pip install triton)"
+        print(f"{missing} was not found: nothing to measure", file=sys.stderr)
+        return 1
+    import triton
+
+    from .resources_triton import resources
+
+    kernels = {"cuda": cuda_kernels(tool, binary), "triton": resources()}
+    write("cuda", {"compiler": compiler(), "kernels": kernels["cuda"]})
+    write("triton", {"compiler": f"triton {triton.__version__}", "kernels": kernels["triton"]})
+    figures = roofline.calculated(kernels)
+    write("calculated", {"elements": roofline.ELEMENTS, "figures": figures})
+    print(roofline.table(figures))
     return 0
 
 

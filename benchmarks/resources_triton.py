@@ -1,18 +1,14 @@
-"""Registers, spills, stack, shared memory and access widths of every Triton kernel, compiled without a GPU.
+"""The row of every Triton kernel, compiled without a GPU.
 
 The ops run on CPU tensors under a driver that has a target and launches nothing, so what is compiled is what a GPU of that
-architecture would be given: the same specialisation, options and ``ptxas``. Counts are read from the machine code.
+architecture would be given: the same specialisation, options and ``ptxas``.
 """
 
 from __future__ import annotations
 
-import re
-import subprocess
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
 
@@ -25,12 +21,12 @@ from triton.backends.driver import DriverBase
 from bdkernels import NO_BAD_ROW, testing
 from bdkernels import triton as kernels
 
+from .machine_code import Row, cuobjdump, read, row
+
 ARCHITECTURES: Final = (75, 80, 86, 89, 90, 100, 120)
 SHAPE: Final = (2, 3, 32, 32)
 
 _numbers = count(1000)
-
-Resources = dict[str, int | dict[str, int]]
 
 
 class Target(DriverBase):
@@ -76,40 +72,15 @@ class Target(DriverBase):
         raise NotImplementedError("nothing runs here")
 
 
-def _tool(name: str) -> str:
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-
-
-def _cuobjdump(*arguments: str) -> str:
-    return subprocess.run([_tool("cuobjdump"), *arguments], capture_output=True, text=True, check=True).stdout
-
-
-def measure(cubin: bytes, shared: int) -> Resources:
-    """What one kernel takes: registers and bytes of stack a thread, bytes of shared memory a program, instructions.
-
-    ``spills`` counts loads and stores of local memory; ``loads`` and ``stores`` those of global memory by their bits.
-    """
+def measure(cubin: bytes, shared: int) -> Row:
+    """The row of one kernel, with the shared memory that its launch asks for."""
+    tool = cuobjdump()
+    if tool is None:
+        raise FileNotFoundError("cuobjdump is not in this triton: expected it in backends/nvidia/bin")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = dict(re.findall(r"(REG|STACK):(\d+)", _cuobjdump("-res-usage", file.name)))
-        code = _cuobjdump("-sass", file.name)
-    operations = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z0-9_]+)([.A-Z0-9_]*)", code, re.MULTILINE)
-    widths: dict[str, Counter[str]] = {"LDG": Counter(), "STG": Counter()}
-    for name, modifiers in operations:
-        if name in widths:
-            width = re.search(r"\.(?:[US])?(8|16|64|128|256)(?=\.|$)", modifiers)
-            widths[name][width[1] if width else "32"] += 1
-    names = Counter(name for name, _ in operations)
-    return {
-        "registers": int(usage["REG"]),
-        "stack": int(usage["STACK"]),
-        "spills": names["LDL"] + names["STL"],
-        "shared": shared,
-        "instructions": sum(names.values()),
-        "loads": dict(sorted(widths["LDG"].items(), key=lambda w: int(w[0]))),
-        "stores": dict(sorted(widths["STG"].items(), key=lambda w: int(w[0]))),
-    }
+        return row(read(tool, "-res-usage", file.name), read(tool, "-sass", file.name)) | {"shared": shared}
 
 
 def cases(ops: Sequence[str], dtypes: Sequence[torch.dtype]) -> Iterator[tuple[str, str, testing.Case]]:
@@ -130,9 +101,9 @@ def resources(
     architectures: Sequence[int] = ARCHITECTURES,
     ops: Sequence[str] = testing.OPS,
     dtypes: Sequence[torch.dtype] = testing.DTYPES,
-) -> dict[str, dict[str, Resources]]:
+) -> dict[str, dict[str, Row]]:
     """``{kernel: {architecture: resources}}`` of every case, the names of architectures being ``sm_80`` and so on."""
-    found: dict[str, dict[str, Resources]] = {}
+    found: dict[str, dict[str, Row]] = {}
     before = triton.runtime.driver._active
     try:
         for arch in architectures:

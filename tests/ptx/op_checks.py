@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 import bdkernels as bdk
-from bdkernels import testing
+from bdkernels import reference, testing
 from bdkernels.columns import Step
 from tests.ptx.executor import ORDERS, Fault
 
 ARCHS: Final = (80, 90)
-SHAPES: Final = ((2, 3, 5, 7), (1, 1, 1, 1), (2, 1, 35, 41), (2, 3, 16, 24))
+SHAPES: Final = ((2, 3, 5, 7), (1, 1, 1, 1), (2, 1, 35, 41), (1, 3, 16, 24))
 """Odd rows and a last group that is not full, one element, blocks of which the last has a tail, and whole vectors."""
 IMAGES: Final = ("x", "model_output", "x0", "prediction")
 
@@ -89,9 +89,18 @@ class OpChecks:
     @pytest.mark.parametrize("x_dtype", testing.DTYPES)
     def test_mixed_dtypes_and_layouts(self, x_dtype: torch.dtype, m_dtype: torch.dtype) -> None:
         case = testing.random_step_case(generator(6), (2, 3, 8, 8), x_dtype)
-        m = case["model_output"].to(m_dtype)
-        self.check("fused_step_", case | {"model_output": m})
-        self.check("fused_step_", case | {"model_output": m.contiguous(memory_format=torch.channels_last)})
+        m = case["model_output"].to(m_dtype).contiguous(memory_format=torch.channels_last)
+        self.check("fused_step_", case | {"model_output": m, "x": case["x"].contiguous()})
+
+    @pytest.mark.ladder
+    @pytest.mark.parametrize("name", ["x", "model_output", "trigger", "table", "history"])
+    def test_what_is_not_on_16_bytes(self, name: str) -> None:
+        """A view that starts at the second element of its memory: no access may be wider than it allows."""
+        case = testing.random_step_case(generator(10), (2, 1, 16, 24))
+        memory = torch.cat([torch.zeros(1), case[name].flatten()])
+        with self.on_gpu(80):
+            got = torch.ops.bdk.fused_step(**case | {name: memory[1:].view(case[name].shape)})
+        testing.assert_same_bits("output", got, reference.fused_step(**case))
 
     @pytest.mark.ladder
     @pytest.mark.parametrize("dtype", testing.DTYPES)
