@@ -56,9 +56,13 @@ def _of_setup(name: str) -> Any:
 @cache
 def _build() -> tuple[ModuleType, ctypes.CDLL, dict[int, str]]:
     """``_cuda`` on the simulated runtime, the same as a library, and the PTX of each arch."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _build_in(Path(folder))
+
+
+def _build_in(folder: Path) -> tuple[ModuleType, ctypes.CDLL, dict[int, str]]:
     import pybind11
 
-    folder = Path(tempfile.mkdtemp(prefix="ptx-cuda-"))
     include = ["-I", str(ROOT / "csrc"), "-I", str(ROOT / "csrc/include")]
     archs = [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in ARCHS]
     objects, texts = [], dict.fromkeys(ARCHS, "")
@@ -74,7 +78,8 @@ def _build() -> tuple[ModuleType, ctypes.CDLL, dict[int, str]]:
     sources = [ROOT / "csrc/bindings/cuda_module.cpp", HERE / "cudart.cpp"]
     library = folder / "_cuda.so"
     _run("g++", "-shared", "-fPIC", "-std=c++17", "-O1", *include, *sources, *objects, "-o", library)
-    spec = importlib.util.spec_from_file_location("_cuda", library)
+    # A name of its own: pybind11 has one module a name, and would hand out another `_cuda` that was loaded before.
+    spec = importlib.util.spec_from_file_location(f"{__name__}._cuda", library)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

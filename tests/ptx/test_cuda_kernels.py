@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
 
 import pytest
@@ -15,8 +17,15 @@ from tests.ptx.op_checks import ARCHS, OpChecks, generator
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 
 
+@contextmanager
+def cuda_on_gpu(arch: int, *, order: str = "ascending") -> Iterator[None]:
+    with simulated_cuda(arch, order) as launched:
+        yield
+        assert launched
+
+
 class TestCuda(OpChecks):
-    on_gpu = staticmethod(simulated_cuda)
+    on_gpu = staticmethod(cuda_on_gpu)
     shape_of_part = (2, 1, 16, 24)  # one channel is contiguous in both layouts: whole vectors
 
     @pytest.mark.ladder
