@@ -14,79 +14,24 @@ from torch import Tensor
 
 from . import _schemas  # noqa: F401  defines torch.ops.bdk
 from .backends import backend_for
-from .columns import HISTORY_SLOTS, NOISING_COLUMNS, STEP_COLUMNS
+from .checks import (
+    FLOATS,
+    check_device,
+    check_dtype,
+    check_image,
+    check_in_place,
+    check_index,
+    check_norm,
+    check_output,
+    check_shared,
+    check_step,
+    check_training,
+    names,
+)
 from .noise import STREAM_INITIAL
 
 NO_BAD_ROW: Final = 2**63 - 1
 """What ``bad_row`` holds while every network output was finite."""
-
-_FLOATS: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def _names(dtypes: Sequence[torch.dtype]) -> str:
-    return " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-
-
-def _check_dtype(name: str, value: Tensor, dtypes: Sequence[torch.dtype]) -> None:
-    if value.dtype not in dtypes:
-        raise TypeError(f"{name} has dtype {str(value.dtype).removeprefix('torch.')}: expected {_names(dtypes)}")
-
-
-def _check_device(name: str, value: Tensor, device: torch.device) -> None:
-    if value.device != device:
-        raise ValueError(f"{name} is on {value.device}: expected {device}, where the images are")
-
-
-def _check_image(name: str, value: Tensor, shape: torch.Size, dtypes: Sequence[torch.dtype]) -> None:
-    """An image batch of exactly ``shape``, contiguous or channels-last."""
-    _check_dtype(name, value, dtypes)
-    if value.shape != shape:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}: expected {tuple(shape)}")
-    if not (value.is_contiguous() or value.is_contiguous(memory_format=torch.channels_last)):
-        raise ValueError(f"{name} has strides {value.stride()}: expected a contiguous or channels-last tensor")
-
-
-def _check_batch(name: str, value: Tensor) -> None:
-    if value.dim() != 4:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}: expected four dimensions, [N, C, H, W]")
-
-
-def _check_shared(name: str, value: Tensor, images: Tensor, dtype: torch.dtype) -> None:
-    """One image for the batch or one a sample, contiguous."""
-    _check_dtype(name, value, (dtype,))
-    _check_device(name, value, images.device)
-    if value.dim() != 4 or value.shape[0] not in (1, images.shape[0]) or value.shape[1:] != images.shape[1:]:
-        expected = (1, *images.shape[1:])
-        raise ValueError(f"{name} has shape {tuple(value.shape)}: expected {expected} or {tuple(images.shape)}")
-    if not value.is_contiguous():
-        raise ValueError(f"{name} has strides {value.stride()}: expected a contiguous tensor")
-
-
-def _check_index(name: str, value: Tensor, count: int, device: torch.device, *, scalar: bool = False) -> None:
-    """int64 of shape [N] (or 0-d where ``scalar``)."""
-    _check_dtype(name, value, (torch.int64,))
-    _check_device(name, value, device)
-    if (value.shape == (count,) and value.is_contiguous()) or (scalar and value.dim() == 0):
-        return
-    expected = f"({count},)" + (" or a 0-d tensor" if scalar else "")
-    raise ValueError(f"{name} has shape {tuple(value.shape)}: expected {expected}, contiguous")
-
-
-def _check_table(table: Tensor, columns: int, images: Tensor, dtype: torch.dtype) -> None:
-    wanted = (torch.float64, torch.float32) if dtype == torch.float64 else (torch.float32,)
-    _check_dtype("table", table, wanted)
-    _check_device("table", table, images.device)
-    if table.dim() != 3 or table.shape[-1] != columns or not table.is_contiguous():
-        raise ValueError(f"table has shape {tuple(table.shape)}: expected [arms, rows, {columns}], contiguous")
-
-
-def _check_region(region: Tensor | None, arm_inside: Tensor | None, images: Tensor) -> None:
-    if (region is None) != (arm_inside is None):
-        given, missing = ("region", "arm_inside") if arm_inside is None else ("arm_inside", "region")
-        raise ValueError(f"{given} was given without {missing}: expected both or neither")
-    if region is not None and arm_inside is not None:
-        _check_shared("region", region, images, torch.bool)
-        _check_index("arm_inside", arm_inside, images.shape[0], images.device)
 
 
 def normal(
@@ -115,57 +60,15 @@ def normal(
     """
     if seeds.dim() != 1:
         raise ValueError(f"seeds has shape {tuple(seeds.shape)}: expected (N,)")
-    _check_index("seeds", seeds, seeds.shape[0], seeds.device)
+    check_index("seeds", seeds, seeds.shape[0], seeds.device)
     if isinstance(step, int):
         step = torch.full((), step, dtype=torch.int64, device=seeds.device)
-    _check_index("step", step, seeds.shape[0], seeds.device, scalar=True)
+    check_index("step", step, seeds.shape[0], seeds.device, scalar=True)
     if len(shape) != 3 or any(n < 0 for n in shape):
         raise ValueError(f"shape is {tuple(shape)}: expected (C, H, W)")
-    if dtype not in _FLOATS:
-        raise TypeError(f"dtype is {str(dtype).removeprefix('torch.')}: expected {_names(_FLOATS)}")
+    if dtype not in FLOATS:
+        raise TypeError(f"dtype is {str(dtype).removeprefix('torch.')}: expected {names(FLOATS)}")
     return torch.ops.bdk.normal(seeds, step, stream, list(shape), dtype)
-
-
-def _check_in_place(**tensors: Tensor | None) -> None:
-    for name, value in tensors.items():
-        if value is not None and value.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"{name} requires a gradient, of which a step in place knows nothing: expected torch.no_grad(), or fused_step"
-            )
-
-
-def _check_output(x: Tensor, model_output: Tensor) -> None:
-    _check_image("model_output", model_output, x.shape, _FLOATS if x.dtype == torch.float64 else _FLOATS[:3])
-    _check_device("model_output", model_output, x.device)
-
-
-def _check_step(
-    x: Tensor,
-    table: Tensor,
-    arm: Tensor,
-    seeds: Tensor,
-    trigger: Tensor | None,
-    region: Tensor | None,
-    arm_inside: Tensor | None,
-    history: Tensor | None,
-) -> None:
-    _check_batch("x", x)
-    count, device = x.shape[0], x.device
-    _check_image("x", x, x.shape, _FLOATS)
-    _check_table(table, STEP_COLUMNS, x, x.dtype)
-    _check_index("arm", arm, count, device)
-    _check_index("seeds", seeds, count, device)
-    if trigger is not None:
-        _check_shared("trigger", trigger, x, torch.float64 if x.dtype == torch.float64 else torch.float32)
-    _check_region(region, arm_inside, x)
-    if history is not None:
-        _check_dtype("history", history, (torch.float64,) if x.dtype == torch.float64 else (torch.float32,))
-        _check_device("history", history, device)
-        if history.dim() != 5 or not 1 <= history.shape[0] <= HISTORY_SLOTS or history.shape[1:] != x.shape:
-            shape = ", ".join(map(str, x.shape))
-            raise ValueError(f"history has shape {tuple(history.shape)}: expected [1..{HISTORY_SLOTS}, {shape}]")
-        if not history.is_contiguous():
-            raise ValueError(f"history has strides {history.stride()}: expected a contiguous tensor")
 
 
 def fused_step(
@@ -205,9 +108,9 @@ def fused_step(
         TypeError: A wrong dtype.
         ValueError: A wrong shape, stride or device; on the CPU also an arm or row outside the table.
     """
-    _check_step(x, table, arm, seeds, trigger, region, arm_inside, history)
-    _check_output(x, model_output)
-    _check_index("step", step, x.shape[0], x.device, scalar=True)
+    check_step(x, table, arm, seeds, trigger, region, arm_inside, history)
+    check_output(x, model_output)
+    check_index("step", step, x.shape[0], x.device, scalar=True)
     return torch.ops.bdk.fused_step(x, model_output, table, arm, step, seeds, trigger, region, arm_inside, history)
 
 
@@ -233,12 +136,12 @@ def fused_step_(
     The other arguments and the errors are `fused_step`'s; a tensor that requires a gradient where gradients are recorded is a
     ValueError too. With a ``region``, the slot of a store is the outside arm's.
     """
-    _check_in_place(x=x, model_output=model_output, trigger=trigger, history=history)
-    _check_step(x, table, arm, seeds, trigger, region, arm_inside, history)
-    _check_output(x, model_output)
-    _check_index("step", step, x.shape[0], x.device, scalar=True)
+    check_in_place(x=x, model_output=model_output, trigger=trigger, history=history)
+    check_step(x, table, arm, seeds, trigger, region, arm_inside, history)
+    check_output(x, model_output)
+    check_index("step", step, x.shape[0], x.device, scalar=True)
     if bad_row is not None:
-        _check_index("bad_row", bad_row, -1, x.device, scalar=True)
+        check_index("bad_row", bad_row, -1, x.device, scalar=True)
     torch.ops.bdk.fused_step_(x, model_output, table, arm, step, seeds, trigger, region, arm_inside, history, bad_row)
     return x
 
@@ -267,18 +170,18 @@ def bind_step(
     The compiled step raises a ValueError where ``x``, ``history`` or ``bad_row`` moved in memory; it reads the others where
     they were, and none of them may be resized. The backend stays what it is now. Not for `torch.compile`.
     """
-    _check_in_place(x=x, trigger=trigger, history=history)
-    _check_step(x, table, arm, seeds, trigger, region, arm_inside, history)
-    _check_dtype("steps", steps, (torch.int64,))
-    _check_device("steps", steps, x.device)
+    check_in_place(x=x, trigger=trigger, history=history)
+    check_step(x, table, arm, seeds, trigger, region, arm_inside, history)
+    check_dtype("steps", steps, (torch.int64,))
+    check_device("steps", steps, x.device)
     if steps.dim() not in (1, 2) or steps.shape[1:] not in ((), x.shape[:1]) or not steps.is_contiguous():
         raise ValueError(f"steps has shape {tuple(steps.shape)}: expected (K,) or (K, {x.shape[0]}), contiguous")
     if bad_row is not None:
-        _check_index("bad_row", bad_row, -1, x.device, scalar=True)
+        check_index("bad_row", bad_row, -1, x.device, scalar=True)
 
     def check(model_output: Tensor) -> None:
-        _check_in_place(x=x, model_output=model_output, trigger=trigger, history=history)
-        _check_output(x, model_output)
+        check_in_place(x=x, model_output=model_output, trigger=trigger, history=history)
+        check_output(x, model_output)
 
     rest = (trigger, region, arm_inside, history)
     backend = backend_for(x.device, x.dtype)
@@ -293,40 +196,6 @@ def bind_step(
         torch.ops.bdk.fused_step_(x, model_output, table, arm, each[k], seeds, *rest, bad_row)
 
     return step
-
-
-def _check_training(
-    x0: Tensor,
-    t: Tensor,
-    arm: Tensor,
-    seeds: Tensor,
-    table: Tensor,
-    dtype: torch.dtype,
-    trigger: Tensor | None,
-    mask: Tensor | None,
-    flip: Tensor | None,
-    region: Tensor | None,
-    arm_inside: Tensor | None,
-) -> None:
-    _check_batch("x0", x0)
-    count, device = x0.shape[0], x0.device
-    exact = torch.float64 if dtype == torch.float64 else torch.float32
-    _check_image("x0", x0, x0.shape, (torch.uint8, exact))
-    _check_table(table, NOISING_COLUMNS, x0, dtype)
-    for name, index in (("t", t), ("arm", arm), ("seeds", seeds)):
-        _check_index(name, index, count, device)
-    if trigger is not None:
-        _check_shared("trigger", trigger, x0, exact)
-    if mask is not None:
-        if trigger is None:
-            raise ValueError("mask was given without trigger: expected both, since R = mask * x0 + trigger")
-        _check_shared("mask", mask, x0, exact)
-    if flip is not None:
-        _check_dtype("flip", flip, (torch.bool,))
-        _check_device("flip", flip, device)
-        if flip.shape != (count,):
-            raise ValueError(f"flip has shape {tuple(flip.shape)}: expected ({count},)")
-    _check_region(region, arm_inside, x0)
 
 
 def fused_noising(
@@ -369,11 +238,11 @@ def fused_noising(
         TypeError: A wrong dtype.
         ValueError: A wrong shape, stride or device; on the CPU also an arm or timestep outside the table.
     """
-    if dtype not in _FLOATS:
-        raise TypeError(f"dtype is {str(dtype).removeprefix('torch.')}: expected {_names(_FLOATS)}")
-    _check_training(x0, t, arm, seeds, table, dtype, trigger, mask, flip, region, arm_inside)
+    if dtype not in FLOATS:
+        raise TypeError(f"dtype is {str(dtype).removeprefix('torch.')}: expected {names(FLOATS)}")
+    check_training(x0, t, arm, seeds, table, dtype, trigger, mask, flip, region, arm_inside)
     if target is not None:
-        _check_shared("target", target, x0, torch.float64 if dtype == torch.float64 else torch.float32)
+        check_shared("target", target, x0, torch.float64 if dtype == torch.float64 else torch.float32)
     return torch.ops.bdk.fused_noising(x0, t, arm, seeds, table, target, trigger, mask, flip, region, arm_inside, dtype)
 
 
@@ -406,9 +275,9 @@ def fused_loss(
     Returns:
         float32 [N]: each sample's share; their sum is the loss of the batch.
     """
-    _check_training(x0, t, arm, seeds, table, prediction.dtype, trigger, mask, flip, region, arm_inside)
-    _check_image("prediction", prediction, x0.shape, _FLOATS)
-    _check_device("prediction", prediction, x0.device)
+    check_training(x0, t, arm, seeds, table, prediction.dtype, trigger, mask, flip, region, arm_inside)
+    check_image("prediction", prediction, x0.shape, FLOATS)
+    check_device("prediction", prediction, x0.device)
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction is {reduction!r}: expected 'mean' or 'sum'")
     divisor = x0.numel() if reduction == "mean" else x0.shape[0]
@@ -446,19 +315,5 @@ def group_norm(
         TypeError: A wrong dtype.
         ValueError: A wrong shape or device.
     """
-    _check_batch("x", x)
-    _check_dtype("x", x, _FLOATS)
-    channels = x.shape[1]
-    if groups < 1 or channels % groups:
-        raise ValueError(f"groups is {groups}: expected a divisor of {channels} channels")
-    for name, value, leads in (("weight", weight, None), ("bias", bias, None), ("shift", shift, (1, len(x)))):
-        if value is None:
-            continue
-        _check_dtype(name, value, (x.dtype,))
-        _check_device(name, value, x.device)
-        if value.shape[-1:] != (channels,) or value.dim() != (1 if leads is None else 2):
-            expected = f"({channels},)" if leads is None else f"(1 or {len(x)}, {channels})"
-            raise ValueError(f"{name} has shape {tuple(value.shape)}: expected {expected}")
-        if (leads is not None and value.shape[0] not in leads) or not value.is_contiguous():
-            raise ValueError(f"{name} has shape {tuple(value.shape)}: expected (1 or {len(x)}, {channels}), contiguous")
+    check_norm(x, weight, bias, groups, shift)
     return torch.ops.bdk.group_norm(x, weight, bias, groups, shift, silu, eps)[0]
