@@ -11,7 +11,6 @@ import ctypes
 import importlib
 import os
 from types import ModuleType
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -86,13 +85,10 @@ bind_step = _ops.bind_step
 fused_noising = _ops.fused_noising
 fused_loss = _ops.fused_loss
 
-MOST_CHANNELS: Final = 2048
-"""Of an image in `group_norm`'s kernel, which keeps a few numbers a channel on its stack."""
-
 
 def serves_norm(x: Tensor) -> bool:
     """Whether `group_norm` has a kernel for ``x``."""
-    fits = x.dtype == torch.float32 and x.shape[1] <= MOST_CHANNELS
+    fits: bool = x.dtype == torch.float32 and x.shape[1] <= _module().MOST_CHANNELS
     return fits and x.is_contiguous(memory_format=torch.channels_last)
 
 

@@ -86,17 +86,18 @@ def assert_matches_reference(op: str, case: Case, device: str = "cpu") -> None:
     """
     with poisoned_memory():
         moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in case.items()}
-        got = {name: value.cpu() for name, value in _outputs(op, torch.ops.bdk, moved).items()}
-    expected = _outputs(op, reference, case)
+        got = {name: value.cpu() for name, value in outputs(op, torch.ops.bdk, moved).items()}
+    expected = outputs(op, reference, case)
     for name, value in got.items():
         if name != "loss":
             assert_same_bits(f"{op}: {name}", value, expected[name])
-        elif not at_most_twice_as_wrong(value, expected[name], truth := _outputs(op, reference, _widened(case))[name]):
+        elif not at_most_twice_as_wrong(value, expected[name], truth := outputs(op, reference, widened(case))[name]):
             at = int((value.double() - truth).abs().nan_to_num(torch.inf).argmax())
             raise AssertionError(f"{op}: loss of sample {at} is {value[at].item()!r}: expected {truth[at].item()!r}")
 
 
-def _outputs(op: str, module: object, case: Case) -> dict[str, Tensor]:
+def outputs(op: str, module: object, case: Case) -> dict[str, Tensor]:
+    """What ``op`` of a backend's ``module`` returns or writes, by name, from copies of its arguments."""
     own = {name: value.clone() if isinstance(value, Tensor) else value for name, value in case.items()}
     if op == "fused_step_":
         own["bad_row"] = torch.full((), NO_BAD_ROW, device=own["x"].device)
@@ -108,7 +109,8 @@ def _outputs(op: str, module: object, case: Case) -> dict[str, Tensor]:
     return {"output": result}
 
 
-def _widened(case: Case) -> Case:
+def widened(case: Case) -> Case:
+    """The arguments in float64, where they are floating point."""
     return {
         name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in case.items()

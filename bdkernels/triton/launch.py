@@ -25,6 +25,13 @@ MOST_ELEMENTS: Final = 2**31 - 2**13
 """Of one sample, whose elements are numbered in 32 bits; addresses have 64."""
 
 
+VARYING: Final = (
+    *("seeds", "step", "t", "table", "arm", "arm_inside", "flip", "bad_row"),
+    *("arms", "rows", "step_stride", "noise_stream", "channels", "pixels", "width", "tiles"),
+)
+"""Arguments of the kernels for whose values Triton must not compile anew."""
+
+
 def device_type() -> str:
     """Type of torch device that Triton's driver is for: ``cpu`` where kernels are interpreted, empty without a driver."""
     if INTERPRETED:

@@ -17,29 +17,14 @@ from torch import Tensor
 from ..columns import NOISING_COLUMNS, Noising
 from ..noise import STREAM_TRAINING
 from .device import column, find_rows, image, load, normals, offset, place, poisoned_image
-from .launch import last, launch, on, stride, tiling
+from .launch import VARYING, last, launch, on, stride, tiling
 
 C, W = tl.constexpr(int(Noising.C)), tl.constexpr(int(Noising.W))
 COLUMNS = tl.constexpr(NOISING_COLUMNS)
 STREAM = tl.constexpr(STREAM_TRAINING)
 
 
-@triton.jit(
-    do_not_specialize=(
-        "t",
-        "arm",
-        "seeds",
-        "table",
-        "flip",
-        "arm_inside",
-        "arms",
-        "rows",
-        "channels",
-        "pixels",
-        "width",
-        "tiles",
-    )
-)
+@triton.jit(do_not_specialize=VARYING)
 def loss_kernel(
     parts: tl.tensor,
     gradient: tl.tensor,

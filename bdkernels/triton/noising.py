@@ -15,29 +15,14 @@ from torch import Tensor
 from ..columns import NOISING_COLUMNS, Noising
 from ..noise import STREAM_TRAINING
 from .device import column, find_rows, image, load, normals, offset, place, poisoned_image, where_all
-from .launch import last, launch, on, stride
+from .launch import VARYING, last, launch, on, stride
 
 A, S, M, C, W = (tl.constexpr(int(c)) for c in Noising)
 COLUMNS = tl.constexpr(NOISING_COLUMNS)
 STREAM = tl.constexpr(STREAM_TRAINING)
 
 
-@triton.jit(
-    do_not_specialize=(
-        "t",
-        "arm",
-        "seeds",
-        "table",
-        "flip",
-        "arm_inside",
-        "arms",
-        "rows",
-        "channels",
-        "pixels",
-        "width",
-        "tiles",
-    )
-)
+@triton.jit(do_not_specialize=VARYING)
 def noising_kernel(
     out: tl.tensor,
     x0: tl.tensor,

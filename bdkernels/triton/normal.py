@@ -11,10 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import normals, place
-from .launch import launch, on
+from .launch import VARYING, launch, on
 
 
-@triton.jit(do_not_specialize=("seeds", "step", "step_stride", "noise_stream", "tiles"))
+@triton.jit(do_not_specialize=VARYING)
 def normal_kernel(
     out: tl.tensor,
     seeds: tl.tensor,

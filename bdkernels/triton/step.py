@@ -18,7 +18,7 @@ from torch import Tensor
 from ..columns import HISTORY_SLOTS, STEP_COLUMNS, STORE_COLUMNS, STORES, Step, Store
 from ..noise import STREAM_STEP
 from .device import column, find_rows, load, nonzero, normals, offset, place, where_all
-from .launch import last, launch, on, stride
+from .launch import VARYING, last, launch, on, stride
 
 A, B, D, LOW0, HIGH0, P, Q, S, Z, R, LOW, HIGH, H, STORE = (tl.constexpr(int(c)) for c in Step if c < Step.IN)
 SLOT, E, F, G, J, K = (tl.constexpr(int(c)) for c in Store)
@@ -69,22 +69,7 @@ def stored(
     return value + column(row, BASE + K) * x_next
 
 
-@triton.jit(
-    do_not_specialize=(
-        "table",
-        "arm",
-        "step",
-        "seeds",
-        "arm_inside",
-        "bad_row",
-        "arms",
-        "rows",
-        "channels",
-        "pixels",
-        "step_stride",
-        "tiles",
-    )
-)
+@triton.jit(do_not_specialize=VARYING)
 def step_kernel(
     x: tl.tensor,
     model_output: tl.tensor,

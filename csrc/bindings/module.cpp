@@ -69,6 +69,7 @@ py::dict columns() {
 PYBIND11_MODULE(_native, m) {
     Bindings<Cpu>::define(m);
     m.attr("LOSS_PART") = kLossPart;
+    m.attr("MOST_CHANNELS") = kMostChannels;
     m.def("group_norm", bind_group_norm, py::call_guard<py::gil_scoped_release>());
     m.def("philox", philox_words);
     m.def("columns", columns);

@@ -32,7 +32,7 @@ struct NormCall {
     float *dx = nullptr, *dweight = nullptr, *dbias = nullptr;  // as x; [samples, channels] each
 };
 
-constexpr int64_t kMostChannels = 2048;
+constexpr int64_t kMostChannels = 2048;  // a few numbers each are kept on the stack
 
 template <class L>
 BDK_HD typename L::F channel(const float* values, int64_t c, L) {

@@ -6,8 +6,6 @@ everything else as a GPU does, and is compared bit for bit.
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -33,22 +31,11 @@ def in_layout(case: testing.Case, name: str) -> testing.Case:
     return {k: v.contiguous(memory_format=format) if k in images else v for k, v in case.items()}
 
 
-def outputs(op: str, module: Any, case: testing.Case) -> dict[str, Tensor]:
-    """What ``op`` returns or writes, from copies of its arguments."""
-    own = {name: value.clone() if isinstance(value, Tensor) else value for name, value in case.items()}
-    if op == "fused_step_":
-        own["bad_row"] = torch.tensor(bdk.NO_BAD_ROW)
-    result = getattr(module, op)(**own)
-    if op == "fused_step_":
-        return {name: own[name] for name in ("x", "history", "bad_row") if own[name] is not None}
-    return dict(zip(("loss", "gradient"), result, strict=True)) if op == "fused_loss" else {"output": result}
-
-
 def check(op: str, case: testing.Case) -> None:
     """Every tensor that ``op`` makes, into memory filled with NaN, against the reference."""
     with testing.poisoned_memory():
-        got = outputs(op, kernels, case)
-    for name, expected in outputs(op, reference, case).items():
+        got = testing.outputs(op, kernels, case)
+    for name, expected in testing.outputs(op, reference, case).items():
         if name == "loss":
             assert_loss(got[name], expected, case)
         elif expected.dtype == torch.bfloat16:
@@ -61,9 +48,8 @@ def check(op: str, case: testing.Case) -> None:
 
 
 def assert_loss(got: Tensor, expected: Tensor, case: testing.Case) -> None:
-    wide = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in case.items()}
     assert got.dtype == torch.float32
-    assert testing.at_most_twice_as_wrong(got, expected, reference.fused_loss(**wide)[0])
+    assert testing.at_most_twice_as_wrong(got, expected, reference.fused_loss(**testing.widened(case))[0])
 
 
 def assert_neighbours(got: Tensor, expected: Tensor) -> None:
