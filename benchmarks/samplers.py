@@ -63,18 +63,22 @@ class Stock:
         return scheduler
 
     def nodes(self) -> Nodes:
-        """Its grid: each step's timestep once, without those of second evaluations but with pndm's middles."""
+        """Its grid."""
         scheduler, process = self.make(), linear()
-        times: Floats = np.array(scheduler.timesteps, np.float64)
-        if self.scheduler is stock.HeunDiscreteScheduler:
-            times = np.append(times[:1], times[1::2])
-        if self.scheduler is stock.PNDMScheduler:
-            times = np.array(scheduler._timesteps[::-1], np.float64)
-            halved = 0 if scheduler.config.skip_prk_steps else RUNGE_KUTTA_STEPS
-            middles = np.floor((times[:halved] + times[1 : halved + 1]) / 2)
-            times = np.insert(times, np.arange(1, halved + 1), middles)
+        times = step_times(scheduler, 0 if scheduler.config.get("skip_prk_steps", True) else RUNGE_KUTTA_STEPS)
         alpha_bar = np.append(process.alpha_bar_at(times), 1.0 if self.end == "zero" else process.alpha_bar[0])
         return Nodes.preserving(alpha_bar, times)
+
+
+def step_times(scheduler: Any, halved: int = 0) -> Floats:
+    """The timesteps of a scheduler's steps, without those of second evaluations, and the middles of the ``halved`` first."""
+    times: Floats = np.array(scheduler.timesteps, np.float64)
+    if isinstance(scheduler, stock.HeunDiscreteScheduler):
+        times = np.append(times[:1], times[1::2])
+    if isinstance(scheduler, stock.PNDMScheduler):
+        times = np.array(scheduler._timesteps[::-1], np.float64)
+    middles = np.floor((times[:halved] + times[1 : halved + 1]) / 2)
+    return np.insert(times, np.arange(1, halved + 1), middles)
 
 
 _TRAILING: Final = {"timestep_spacing": "trailing"}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+import bdkernels
 from bdkernels import Step
 
 from .errors import UserError
@@ -122,6 +123,15 @@ class Arms:
         self.nonlinear = any(self.corrector) or self.log_variance is not None or self.dynamic is not None
         self.with_trigger = bool((self.table[..., [Step.D, Step.R]] != 0).any())
         self.with_scale = bool((self.table[..., Step.IN] != 1).any())
+
+    def begin(self, arm: Tensor, seeds: Tensor) -> Tensor:
+        """``x_T = start (gamma eps(seed) + r)`` of samples in ``arm`` [N] with ``seeds`` int64 [N]: float32 [N, C, H, W]."""
+        return (self.gamma[arm] * bdkernels.normal(seeds, self.trigger.shape[1:]) + self.trigger[arm]) * self.start[arm]
+
+    def told(self, arm: Tensor) -> tuple[Tensor, Tensor]:
+        """Input scales and times of samples in ``arm`` [N] for the network, float32 [rows, N] each."""
+        scale, time = (self.table[arm, :, column].T.contiguous() for column in (Step.IN, Step.TIME))
+        return scale, time
 
     def inside(self, arm: Tensor) -> dict[str, Tensor]:
         """What the step is told of the regions of samples in ``arm`` [N]."""

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 import bdkernels
-from bdkernels import NO_BAD_ROW, Step
+from bdkernels import NO_BAD_ROW
 
 from .arms import Arms
-from .networks import Network
+from .networks import Network, split_spread
 
 WARM_UP = 3
 """Steps before the capture: kernels are compiled and libraries choose their algorithms in the first."""
@@ -37,7 +37,7 @@ class Loop:
     @torch.inference_mode()
     def __init__(self, network: Network, arms: Arms, count: int, capture: bool) -> None:
         device, shape = arms.table.device, network.sample_shape
-        self.network, self.arms, self.shape = network, arms, shape
+        self.network, self.arms = network, arms
         self.arm, self.seeds = (torch.zeros(count, dtype=torch.int64, device=device) for _ in range(2))
         self.x, self.trigger = (torch.zeros(count, *shape, device=device) for _ in range(2))
         self.row = torch.zeros(1, dtype=torch.int64, device=device)
@@ -56,9 +56,7 @@ class Loop:
         if self.arms.with_scale:
             scaled = self.x * self.scale.index_select(0, self.row).reshape(-1, 1, 1, 1)
         m = self.network(scaled, self.time.index_select(0, self.row)[0])
-        if m.shape[1] != self.x.shape[1]:
-            m = m[:, : self.x.shape[1]].contiguous()
-        self.bound(m, 0)
+        self.bound(split_spread(m, self.x.shape[1])[0], 0)
         self.row.add_(1)
 
     def _captured(self) -> Callable[[], None]:
@@ -92,9 +90,9 @@ class Loop:
         self.trigger.copy_(arms.trigger[arm])
         for name, value in arms.inside(arm).items():
             self.inside[name].copy_(value)
-        for buffer, column in ((self.scale, Step.IN), (self.time, Step.TIME)):
-            buffer.copy_(arms.table[arm, :, column].T)
-        self.x.copy_((arms.gamma[arm] * bdkernels.normal(seeds, self.shape) + self.trigger) * arms.start[arm])
+        for buffer, value in zip((self.scale, self.time), arms.told(arm), strict=True):
+            buffer.copy_(value)
+        self.x.copy_(arms.begin(arm, seeds))
         self.row.zero_()
         self.bad_row.fill_(NO_BAD_ROW)
         for _ in range(arms.table.shape[1]):

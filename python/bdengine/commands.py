@@ -113,9 +113,10 @@ def sample(config: SampleConfig) -> int:
         raise UserError(f"the trigger file {config.trigger_file} was given without a trigger: expected --trigger IMAGE")
     model = Model.load(config.checkpoint)
     table, sampler = model.table(config)
-    start = model.trigger(config.trigger, config.trigger_file) if config.trigger else None
-    attack = replace(model.attack, trigger=config.trigger or "NONE")
-    arm = Arm(table) if start is None else model.triggered(table, attack, start)
+    start, arm = None, Arm(table)
+    if config.trigger:
+        start = model.trigger(config.trigger, config.trigger_file)
+        arm = model.triggered(table, replace(model.attack, trigger=config.trigger), start)
     run = Sampler(model.network, {"": arm.clipped(config.clip)}, config.micro_batch, config.exact)
     described = to_json(config) | {
         "sampler": sampler,

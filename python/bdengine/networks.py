@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -128,11 +129,8 @@ class Network(nn.Module):
             What the network makes of it, [N,C,S,S] for all that predict noise, image or velocity.
         """
         x, t = x.to(memory_format=self.memory_format), t.expand(len(x))
-        if self.autocast is None:
+        with nullcontext() if self.autocast is None else torch.autocast(x.device.type, self.autocast):
             out = self.unet(x, t)
-        else:
-            with torch.autocast(x.device.type, self.autocast):
-                out = self.unet(x, t)
         return out if isinstance(out, Tensor) else out.sample
 
     def named_parameters(
@@ -148,6 +146,14 @@ class Network(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Loads a state dict of the inner network."""
         return self.unet.load_state_dict(state_dict, *args, **kwargs)
+
+
+def split_spread(out: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
+    """A network's prediction, and the spread of its variance where it returns twice the ``channels``, else None."""
+    if out.shape[1] != 2 * channels:
+        return out, None
+    prediction, spread = (half.contiguous() for half in out.chunk(2, dim=1))
+    return prediction, spread
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from bdkernels import NO_BAD_ROW, STREAM_STEP, Step
 from .arms import Arm, Arms
 from .capture import Loop
 from .errors import UserError
-from .networks import Network, micro_batch_is_exact
+from .networks import Network, micro_batch_is_exact, split_spread
 
 QUANTILE: Final = 0.995
 """Of `thresholded`."""
@@ -96,14 +96,14 @@ class Sampler:
             self._check_bad(bad_row)
             return x.clone()
         trigger = arms.trigger[arm]
-        x = (arms.gamma[arm] * bdkernels.normal(seeds, self.shape) + trigger) * arms.start[arm]
+        x = arms.begin(arm, seeds)
         history = x.new_zeros((arms.slots, *x.shape)) if arms.slots else None
         bad_row = torch.full_like(seeds[0], NO_BAD_ROW)
         step = bdkernels.bind_step(
             x, arms.table, arm, self.rows, seeds, trigger=trigger if arms.with_trigger else None, history=history,
             bad_row=bad_row, **arms.inside(arm),
         )  # fmt: skip
-        scale, time = (arms.table[arm, :, c].T.contiguous() for c in (Step.IN, Step.TIME))
+        scale, time = arms.told(arm)
         for row in range(len(self.rows)):
             if watch:
                 watch(row, x)
@@ -125,9 +125,8 @@ class Sampler:
         self, m: Tensor, x: Tensor, arm: Tensor, row: int, seeds: Tensor, trigger: Tensor, history: Tensor | None
     ) -> Tensor:
         """``m`` for what no row can say; changes ``x`` in a corrector's row and the noise of a learned variance."""
-        arms, spread = self.arms, None
-        if m.shape[1] == 2 * x.shape[1]:
-            m, spread = (half.contiguous() for half in m.chunk(2, dim=1))
+        arms = self.arms
+        m, spread = split_spread(m, x.shape[1])
         if arms.log_variance is not None and history is not None:
             z = bdkernels.normal(seeds, self.shape, step=row, stream=STREAM_STEP)
             low, high = (arms.of_pixels(arms.log_variance[:, row, end], arm) for end in (0, 1))

@@ -42,6 +42,7 @@ from bdengine.solvers import (
 )  # fmt: skip
 from bdengine.solvers.dpm import FORMS
 from bdengine.solvers.nodes import Levels
+from benchmarks.samplers import step_times
 
 SHAPE = (1, 6, 6)
 SEEDS = torch.tensor([5, 6])
@@ -75,10 +76,7 @@ class Case:
 
     def nodes(self, scheduler: Any) -> Nodes:
         """Ours on its grid."""
-        times = times_of(scheduler)
-        middles = np.floor((times[: self.halved] + times[1 : self.halved + 1]) / 2)
-        times = np.insert(times, np.arange(1, len(middles) + 1), middles)
-        process = self.process
+        times, process = step_times(scheduler, self.halved), self.process
         end = 1.0 if self.end == "zero" else process.alpha_bar[0]
         at = Nodes.of(process, len(times), levels=self.levels).alpha[:-1] ** 2
         alpha_bar = process.alpha_bar_at(times) if self.levels == "native" else at
@@ -205,16 +203,6 @@ def in_float64(scheduler: Any, process: Schedule) -> None:
     scheduler.one = torch.tensor(1.0, dtype=torch.float64)
     last = 1.0 if getattr(scheduler.config, "set_alpha_to_one", True) else process.alpha_bar[0]
     scheduler.final_alpha_cumprod = torch.tensor(last, dtype=torch.float64)
-
-
-def times_of(scheduler: Any) -> np.ndarray:
-    """The timesteps of its steps, without those of second evaluations."""
-    times = np.array(scheduler.timesteps, np.float64)
-    if isinstance(scheduler, stock.HeunDiscreteScheduler):
-        return np.append(times[:1], times[1::2])
-    if isinstance(scheduler, stock.PNDMScheduler):
-        return np.array(scheduler._timesteps[::-1], np.float64)
-    return times
 
 
 def exact_sigmas(scheduler: Any, case: Case) -> Tensor:
