@@ -15,13 +15,12 @@ from typing import Any, Final
 import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
 
 from bdkernels import NO_BAD_ROW, testing
 from bdkernels import triton as kernels
 
 from .machine_code import Row, cuobjdump, read, row
+from .triton_target import Target
 
 ARCHITECTURES: Final = (75, 80, 86, 89, 90, 100, 120)
 SHAPE: Final = (2, 3, 32, 32)
@@ -29,11 +28,11 @@ SHAPE: Final = (2, 3, 32, 32)
 _numbers = count(1000)
 
 
-class Target(DriverBase):
-    """A Triton driver for ``arch`` that keeps what was compiled and launches nothing."""
+class Compiler(Target):
+    """Keeps what was compiled and launches nothing; a device of its own each, or Triton would not compile again."""
 
     def __init__(self, arch: int) -> None:
-        self.arch, self.number = arch, next(_numbers)
+        super().__init__(arch, next(_numbers))
         self.compiled: dict[str, tuple[bytes, int]] = {}
         self.utils = SimpleNamespace(
             get_device_properties=lambda _: {"max_shared_mem": 2**20},
@@ -47,29 +46,6 @@ class Target(DriverBase):
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         return lambda *_: None
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
-
-    def get_current_device(self) -> int:
-        """A number that no other has: Triton keeps the kernels of each device, and would not compile them again."""
-        return self.number
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    @classmethod
-    def is_active(cls) -> bool:
-        return True
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        return ty
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def get_benchmarker(self) -> Any:
-        raise NotImplementedError("nothing runs here")
 
 
 def measure(cubin: bytes, shared: int) -> Row:
@@ -108,7 +84,7 @@ def resources(
     try:
         for arch in architectures:
             for name, op, case in cases(ops, dtypes):
-                target = Target(arch)
+                target = Compiler(arch)
                 triton.runtime.driver.set_active(target)
                 getattr(kernels, op)(**case)
                 for kernel, (cubin, shared) in target.compiled.items():

@@ -12,13 +12,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
-import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
 from triton.compiler import CompiledKernel
 from triton.runtime.errors import OutOfResources
 
+from benchmarks.triton_target import Target
 from tests.ptx.executor import Array, Kernel
 
 # Bytes of shared memory a block may have, by compute capability.
@@ -35,35 +33,12 @@ _SHARED: Final = {
 }
 
 
-class _Driver(DriverBase):
-    """What Triton asks a driver for: the target, and a device number that keys its cache of compiled kernels."""
+class _Driver(Target):
+    """Numbered by its architecture, so that kernels compiled for one serve every launch for it."""
 
     def __init__(self, arch: int, options: dict[str, Any]) -> None:
-        super().__init__()
-        self.arch, self.options = arch, options
-        self.utils = self
-
-    @staticmethod
-    def is_active() -> bool:
-        return True
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
-
-    def get_current_device(self) -> int:
-        return self.arch
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        return ty
-
-    def get_benchmarker(self) -> Any:
-        raise NotImplementedError("a simulated device has no speed")
+        super().__init__(arch, arch)
+        self.options, self.utils = options, self
 
 
 def _prepare(compiled: CompiledKernel) -> None:
