@@ -144,7 +144,7 @@ FAULTS: Final = (
 
 def copy_of_source(folder: Path) -> Path:
     """The device code and its tests, without compiled files, to plant a fault in."""
-    for name in ("csrc", "bdkernels", "tests"):
+    for name in ("benchmarks", "csrc", "bdkernels", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for name in ("setup.py", "pyproject.toml"):
         shutil.copy(ROOT / name, folder)
