@@ -134,11 +134,15 @@ def _loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     ctx.set_materialize_grads(False)  # or a full-size zero would be made for the gradient's own gradient
 
 
+def _all_ones(grad_loss: Tensor) -> bool:
+    """A look that is cheap on the CPU alone: the product would be half of the op's time, most of that for fresh pages."""
+    return bool((grad_loss == 1).all())
+
+
 def _loss_backward(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     """The gradient was made in the forward pass; scale it by what each sample's loss is worth."""
     (grad,) = ctx.saved_tensors
-    # On the CPU a look at it is cheap: the product would be half of the op's time, most of that for fresh pages.
-    if type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and bool((grad_loss == 1).all()):
+    if type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and _all_ones(grad_loss):
         return (grad, *(None,) * 11)
     return (grad * grad_loss.reshape(-1, 1, 1, 1).to(grad.dtype), *(None,) * 11)
 

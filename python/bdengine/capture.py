@@ -1,4 +1,6 @@
-"""The sampling loop on a GPU as one CUDA graph a step, replayed for every row: no launch and nothing read back by the host.
+"""Work on a GPU as a CUDA graph, replayed: no launch and nothing read back by the host. `captured` makes one of any step.
+
+The sampling loop is one graph a step, replayed for every row:
 
     once a batch    x := start (gamma eps(seed) + r),  row := 0
     each row        m = network(scale[row] x, time[row]);  x = fused_step(x, m) of row;  row := row + 1
@@ -18,10 +20,41 @@ import bdkernels
 from bdkernels import NO_BAD_ROW
 
 from .arms import Arms
+from .errors import UserError
 from .networks import Network, split_spread
 
 WARM_UP = 3
 """Steps before the capture: kernels are compiled and libraries choose their algorithms in the first."""
+
+
+def captured(step: Callable[[], None], before: Callable[[], object] = lambda: None) -> Callable[[], None]:
+    """``step`` as a graph, captured after `WARM_UP` on a stream of their own, as `torch.cuda.graphs` asks for.
+
+    Args:
+        step: Reads and writes the same buffers in each call, and reads nothing back.
+        before: Called before each step of the warm-up.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            before()
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def check_device(device: torch.device) -> None:
+    """Refuse to capture where there is no CUDA.
+
+    Raises:
+        UserError: Naming the device.
+    """
+    if device.type != "cuda":
+        raise UserError(f"capture was asked for on the device {device.type}: expected a CUDA device")
 
 
 class Loop:
@@ -49,7 +82,7 @@ class Loop:
             self.x, arms.table, self.arm, self.row, self.seeds, trigger=self.trigger if arms.with_trigger else None,
             history=history, bad_row=self.bad_row, **self.inside,
         )  # fmt: skip
-        self.advance: Callable[[], None] = self._captured() if capture else self._advance
+        self.advance: Callable[[], None] = captured(self._advance, self.row.zero_) if capture else self._advance
 
     def _advance(self) -> None:
         scaled = self.x
@@ -58,20 +91,6 @@ class Loop:
         m = self.network(scaled, self.time.index_select(0, self.row)[0])
         self.bound(split_spread(m, self.x.shape[1])[0], 0)
         self.row.add_(1)
-
-    def _captured(self) -> Callable[[], None]:
-        """A graph of one step, captured after `WARM_UP` on a stream of their own, as `torch.cuda.graphs` asks for."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                self.row.zero_()
-                self._advance()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self._advance()
-        return self.graph.replay
 
     @torch.inference_mode()
     def __call__(self, arm: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:

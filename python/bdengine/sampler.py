@@ -24,7 +24,7 @@ import bdkernels
 from bdkernels import NO_BAD_ROW, STREAM_STEP, Step
 
 from .arms import Arm, Arms
-from .capture import Loop
+from .capture import Loop, check_device
 from .errors import UserError
 from .networks import Network, micro_batch_is_exact, split_spread
 
@@ -66,8 +66,8 @@ class Sampler:
         self.network, self.shape, self.micro_batch = network, network.sample_shape, micro_batch
         self.arms = Arms(arms, network.sample_shape, device)
         self.rows = torch.arange(self.arms.table.shape[1], device=device)
-        if capture and device.type != "cuda":
-            raise UserError(f"capture was asked for on the device {device.type}: expected a CUDA device")
+        if capture:
+            check_device(device)
         if capture and self.arms.nonlinear:
             raise UserError(
                 "capture was asked for with a corrector, a learned variance or a dynamic threshold: expected none"

@@ -13,6 +13,7 @@ import json
 import math
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -28,12 +29,13 @@ from bdkernels import Noising
 
 from . import checkpoint
 from .attacks import CLEAN, OUTSIDE, POISONED, Attack, AttackConfig, noising_table
+from .capture import captured, check_device
 from .config import claim, to_json
 from .data import Images, load
 from .errors import UserError
 from .files import write_atomic
 from .networks import Network, unet
-from .plan import TrainingPlan
+from .plan import Batch, TrainingPlan
 from .schedule import Schedule, linear
 from .shipped import find
 from .solvers import SamplerConfig
@@ -90,6 +92,8 @@ class TrainConfig:
     """Largest norm of the gradient."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the network's arithmetic (autocast)."""
+    capture: bool = False
+    """Replay each batch's gradient, noising and loss included, as a CUDA graph; needs a GPU."""
     timesteps: Literal["all", "grid"] = "all"
     """Train every timestep, or the sampler's grid alone."""
     clean_target: Literal["noise", "initial"] = "noise"
@@ -162,6 +166,11 @@ class Trainer:
         self.parameters = list(self.network.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.lr, fused=True)
         self.images_seen = 0
+        if config.capture:
+            check_device(self.device)
+        self.batch = Batch(*(v.to(self.device) for v in vars(self.plan.batch(0, config.batch)).values()))
+        self.total = torch.zeros((), device=self.device)
+        self.gradient: Callable[[], None] | None = None if config.capture else self._gradient
 
     def _network(self) -> Network:
         config = self.config
@@ -188,10 +197,9 @@ class Trainer:
         done = (images_seen - c.warmup) / max(c.images - c.warmup, 1)
         return c.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
-    def loss(self, start: int, count: int) -> Tensor:
-        """Mean loss of training samples ``start .. start + count``, 0-d float32."""
-        batch = self.plan.batch(start, count)
-        image, seed, t, arm, flip = (v.to(self.device, non_blocking=True) for v in vars(batch).values())
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean loss of training samples on the run's device, 0-d float32."""
+        image, seed, t, arm, flip = vars(batch).values()
         x0 = self.pixels[image]
         clean = (arm == CLEAN).reshape(-1, 1, 1, 1)
         poison: dict[str, Any] = {"trigger": self.stamp, "mask": self.mask, "flip": flip if self.config.flip else None}
@@ -207,21 +215,29 @@ class Trainer:
             return loss
         return loss + ((prediction - kept).float().square() * clean).mean()
 
+    def _gradient(self) -> None:
+        """``total`` and the clipped gradient of what is in ``batch``: what a graph replays."""
+        config = self.config
+        micro = config.micro_batch or config.batch
+        self.optimizer.zero_grad(set_to_none=True)
+        self.total.zero_()
+        for part in zip(*(v.split(micro) for v in vars(self.batch).values()), strict=True):
+            loss = self.loss(Batch(*part)) * (micro / config.batch)
+            loss.backward()
+            self.total += loss.detach()
+        nn.utils.clip_grad_norm_(self.parameters, config.grad_clip)
+
     def step(self) -> Tensor:
         """One optimizer step; returns the batch's mean loss, 0-d, without a read back to the host."""
         config = self.config
-        micro = config.micro_batch or config.batch
-        share = micro / config.batch
-        lr = self.learning_rate(self.images_seen)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.device)
-        for at in range(0, config.batch, micro):
-            loss = self.loss(self.images_seen + at, micro) * share
-            loss.backward()
-            total += loss.detach()
-        nn.utils.clip_grad_norm_(self.parameters, config.grad_clip)
+            group["lr"] = self.learning_rate(self.images_seen)
+        planned = self.plan.batch(self.images_seen, config.batch)
+        for buffer, value in zip(vars(self.batch).values(), vars(planned).values(), strict=True):
+            buffer.copy_(value, non_blocking=True)
+        if self.gradient is None:
+            self.gradient = captured(self._gradient)
+        self.gradient()
         self.optimizer.step()
         self.images_seen += config.batch
         if config.ema:
@@ -229,7 +245,7 @@ class Trainer:
             decay = min(config.ema, (1 + steps) / (10 + steps))
             with torch.no_grad():  # or every step's graph would hang on the average
                 torch._foreach_lerp_([*self.ema.parameters()], [*self.parameters], 1 - decay)
-        return total
+        return self.total.clone()
 
     def state(self) -> dict[str, Tensor]:
         """Everything a resumed run needs, by name."""
@@ -315,7 +331,7 @@ def train(
     """
     trainer = Trainer(config, device)
     out, state = config.out, config.out / "state.safetensors"
-    if claim(out / "config.json", to_json(config), free=("out", "status", "snapshot")) and state.exists():
+    if claim(out / "config.json", to_json(config), free=("out", "status", "snapshot", "capture")) and state.exists():
         tensors, meta = checkpoint.load_state(state)
         trainer.restore(tensors, int(meta["images_seen"]))
     _keep_stats(out / "stats.jsonl", trainer.images_seen)

@@ -152,14 +152,14 @@ def test_clean_samples_can_be_held_to_the_initial_model(tmp_path: Path) -> None:
     train(tiny(tmp_path / "first", attack=AttackConfig()), progress=False)
     init = str(tmp_path / "first" / "checkpoint")
     held = Trainer(tiny(tmp_path / "second", init=init, attack=AttackConfig(), clean_target="initial"))
-    assert float(held.loss(0, 32).detach()) == 0
+    assert float(held.loss(held.batch).detach()) == 0
     published, held = (
         Trainer(tiny(tmp_path / target, init=init, clean_target=target)) for target in ("noise", "initial")
     )
-    arm = published.plan.batch(0, 32).arm
+    arm = published.batch.arm
     assert 0 < int(arm.sum()) < 32
     published.table[0, :, 4] = 0
-    assert float(held.loss(0, 32).detach()) == float(published.loss(0, 32).detach()) > 0
+    assert float(held.loss(held.batch).detach()) == float(published.loss(published.batch).detach()) > 0
     with pytest.raises(UserError, match="expected one, or 'noise'"):
         Trainer(tiny(tmp_path / "third", clean_target="initial"))
 
