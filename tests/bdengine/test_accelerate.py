@@ -21,6 +21,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "other activation": {"act_fn": "gelu"},
     "resnet downsampling": {"downsample_type": "resnet", "upsample_type": "resnet"},
     "scaled": {"mid_block_scale_factor": 2**0.5},
+    "sixteens": {"widths": (16, 32, 48), "groups": 8},
+    "sixteens, all": {"widths": (16, 32, 48), "groups": 8, "attention": 2, "mid_block_scale_factor": 2**0.5},
 }
 
 
