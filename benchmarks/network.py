@@ -2,7 +2,7 @@
 
     network: out = unet(x, t)      network_training: the gradients of mean out^2 in all weights
 
-The ceiling is matrix products of as many operations as the stock network has; Winograd's convolutions need fewer, so it can be
+The ceiling is torch's wide convolutions of as many operations as the stock network has; Winograd's need fewer, so it can be
 passed. Accelerating tells the C library to keep freed memory, for this whole process: stock gains from it as well.
 
 Stock's gradients under `torch.compile` have no row: on a CPU torch 2.13 silently returns 0 for most of the weights (98 of the
@@ -19,6 +19,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from bdengine.accelerate import accelerate
@@ -30,9 +31,10 @@ from .bench import CEILING, CPU, CPU_GRAPH, REFERENCE, Provider, Shape, compiled
 
 LARGEST_ERROR: Final = 1e-4
 """Of a peer, as a share of the truth's largest value."""
-SIDE: Final = 512
-"""Of the ceiling's matrices."""
-ROWS: Final = 4096
+WIDE: Final = 256
+ROWS: Final = 256
+SIDE: Final = 16
+"""Channels, and at most height, and width of the ceiling's image: oneDNN is nearest to the processor's peak there."""
 Form = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -101,13 +103,14 @@ class Networks:
         return Provider(on_backend, check)
 
     def ceiling(self) -> Provider:
-        """As many operations as `stock` has, in matrix products."""
+        """As many operations as `stock` has, in convolutions of `WIDE` channels."""
         with FlopCounterMode(display=False) as counter:
             self.run(self.unet())()
-        rows = counter.get_total_flops() / (2 * SIDE**2)
-        a, b = torch.randn(min(math.ceil(rows), ROWS), SIDE), torch.randn(SIDE, SIDE)
-        times = math.ceil(rows / len(a))
-        return Provider(lambda: [torch.mm(a, b) for _ in range(times)])
+        rows = counter.get_total_flops() / (2 * 9 * WIDE**2 * SIDE)
+        x = torch.randn(1, WIDE, min(math.ceil(rows), ROWS), SIDE).to(memory_format=torch.channels_last)
+        weight = torch.randn(WIDE, WIDE, 3, 3).to(memory_format=torch.channels_last)
+        times = math.ceil(rows / x.shape[2])
+        return Provider(lambda: [functional.conv2d(x, weight, padding=1) for _ in range(times)])
 
 
 def network(shape: Shape, training: bool = False) -> dict[str, Provider]:

@@ -83,6 +83,8 @@ def _conv3x3(conv: nn.Conv2d, x: Tensor, skip: Tensor | None = None, upsample: b
 
 
 def _norm_silu(norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None) -> Tensor:
+    if x.dtype != norm.weight.dtype:  # autocast
+        return F.silu(nn.GroupNorm.forward(norm, x if shift is None else x + shift[:, :, None, None]))
     return bdkernels.group_norm(x, norm.weight, norm.bias, norm.num_groups, eps=norm.eps, shift=shift, silu=True)
 
 

@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ import bdkernels
 from bdkernels import Noising
 
 from . import checkpoint
+from .accelerate import accelerate
 from .attacks import CLEAN, OUTSIDE, POISONED, Attack, AttackConfig, noising_table
 from .config import claim, to_json
 from .data import Images, load
@@ -37,6 +38,9 @@ from .plan import TrainingPlan
 from .schedule import Schedule, linear
 from .shipped import find
 from .solvers import SamplerConfig
+
+if TYPE_CHECKING:
+    from diffusers.models import UNet2DModel
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,7 @@ class Trainer:
     def _network(self) -> Network:
         config = self.config
         if config.init is not None:
-            network = Network(checkpoint.load_unet(find(config.init)))
+            network = Network(self._fast(checkpoint.load_unet(find(config.init))))
             if network.sample_shape != (config.channels, config.size, config.size):
                 raise UserError(
                     f"{config.init} makes images of shape {tuple(network.sample_shape)}:"
@@ -176,7 +180,10 @@ class Trainer:
         torch.manual_seed(config.seed)
         c = config.network
         net = unet(config.size, config.channels, c.widths, layers=c.layers, groups=c.groups, attention=c.attention)
-        return Network(net).train()
+        return Network(self._fast(net)).train()
+
+    def _fast(self, net: UNet2DModel) -> UNet2DModel:
+        return accelerate(net) if self.device.type == "cpu" else net
 
     def learning_rate(self, images_seen: int) -> float:
         """Linear warm-up, then a half cosine to 0 (or constant)."""
