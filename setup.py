@@ -41,11 +41,13 @@ FILE_FLAGS = {
     "rows_baseline.cpp": ["-fschedule-insns"],
     "rows_avx2.cpp": ["-fschedule-insns", "-mavx2", "-mf16c", "-mfma"],
     "rows_avx512.cpp": ["-fschedule-insns", *AVX512],
+    "conv_avx2.cpp": ["-mavx2", "-mfma"],
+    "conv_avx512.cpp": AVX512,
 }
 
-SOURCES = ["bindings/module.cpp", "cpu/ops.cpp", "cpu/parallel.cpp", "cpu/rows_baseline.cpp"]
+SOURCES = ["bindings/module.cpp", "cpu/ops.cpp", "cpu/parallel.cpp", "cpu/rows_baseline.cpp", "cpu/conv_baseline.cpp"]
 if X86_64:
-    SOURCES += ["cpu/rows_avx2.cpp", "cpu/rows_avx512.cpp"]
+    SOURCES += [f"cpu/{name}_{isa}.cpp" for name in ("rows", "conv") for isa in ("avx2", "avx512")]
 
 
 # Unfused, correctly rounded, subnormals kept: the bits of every other backend.

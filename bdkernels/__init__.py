@@ -26,7 +26,7 @@ from .noise import (
     STREAM_TIMESTEP,
     STREAM_TRAINING,
 )
-from .ops import NO_BAD_ROW, bind_step, fused_loss, fused_noising, fused_step, fused_step_, group_norm, normal
+from .ops import NO_BAD_ROW, bind_step, conv3x3, fused_loss, fused_noising, fused_step, fused_step_, group_norm, normal
 
 __all__ = [
     "BACKENDS",
@@ -47,6 +47,7 @@ __all__ = [
     "Step",
     "Store",
     "bind_step",
+    "conv3x3",
     "fused_loss",
     "fused_noising",
     "fused_step",

@@ -34,6 +34,9 @@ _lib.define(
     "group_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor statistics,"
     f" {_NORM}) -> (Tensor, Tensor, Tensor)"
 )
+_lib.define("conv3x3(Tensor x, Tensor weight, Tensor? bias, Tensor? skip, bool upsample) -> Tensor")
+_lib.define("conv3x3_input_gradient(Tensor dy, Tensor weight, bool upsample) -> Tensor")
+_lib.define("conv3x3_weight_gradient(Tensor dy, Tensor x, bool upsample) -> (Tensor, Tensor)")
 
 
 def _normal(seeds: Tensor, step: Tensor, stream: int, shape: list[int], dtype: torch.dtype) -> Tensor:
@@ -72,6 +75,24 @@ def _group_norm_backward(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Ten
     return _norm_backend(x).group_norm_backward(dy, x, *rest)
 
 
+def _conv_backend(x: Tensor, filters: int) -> Any:
+    """Only the CPU has kernels of its own for it, as for the norm, and for channels and filters in sixteens."""
+    backend = backend_for(x.device, x.dtype)
+    return backend if backend is native and native.serves_conv(x, filters) else reference
+
+
+def _conv3x3(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    return _conv_backend(x, len(weight)).conv3x3(x, weight, *rest)
+
+
+def _conv3x3_input_gradient(dy: Tensor, weight: Tensor, upsample: bool) -> Tensor:
+    return _conv_backend(dy, weight.shape[1]).conv3x3_input_gradient(dy, weight, upsample)
+
+
+def _conv3x3_weight_gradient(dy: Tensor, x: Tensor, upsample: bool) -> tuple[Tensor, Tensor]:
+    return _conv_backend(x, dy.shape[1]).conv3x3_weight_gradient(dy, x, upsample)
+
+
 for _name, _impl in {
     "normal": _normal,
     "fused_step": _fused_step,
@@ -80,6 +101,9 @@ for _name, _impl in {
     "fused_loss": _fused_loss,
     "group_norm": _group_norm,
     "group_norm_backward": _group_norm_backward,
+    "conv3x3": _conv3x3,
+    "conv3x3_input_gradient": _conv3x3_input_gradient,
+    "conv3x3_weight_gradient": _conv3x3_weight_gradient,
 }.items():
     _lib.impl(_name, _impl, "CompositeExplicitAutograd")
 
@@ -178,3 +202,45 @@ def _norm_backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tenso
 
 
 torch.library.register_autograd("bdk::group_norm", _norm_backward, setup_context=_norm_context, lib=_lib)
+
+
+def _new_images(like: Tensor, channels: int, height: int, width: int) -> Tensor:
+    shape = (len(like), channels, height, width)
+    return like.new_empty(shape).contiguous(memory_format=reference.layout_of(like))
+
+
+@torch.library.register_fake("bdk::conv3x3", lib=_lib)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor | None, upsample: bool) -> Tensor:
+    scale = 2 if upsample else 1
+    return _new_images(x, weight.shape[0], x.shape[2] * scale, x.shape[3] * scale)
+
+
+@torch.library.register_fake("bdk::conv3x3_input_gradient", lib=_lib)
+def _(dy: Tensor, weight: Tensor, upsample: bool) -> Tensor:
+    scale = 2 if upsample else 1
+    return _new_images(dy, weight.shape[1], dy.shape[2] // scale, dy.shape[3] // scale)
+
+
+@torch.library.register_fake("bdk::conv3x3_weight_gradient", lib=_lib)
+def _(dy: Tensor, x: Tensor, upsample: bool) -> tuple[Tensor, Tensor]:
+    weight = x.new_empty((dy.shape[1], x.shape[1], 3, 3)).contiguous(memory_format=torch.channels_last)
+    return weight, x.new_empty(dy.shape[1])
+
+
+def _conv_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, _, ctx.upsample = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _conv_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias, needs_skip, _ = ctx.needs_input_grad
+    dy = dy.contiguous(memory_format=reference.layout_of(x))
+    dx = torch.ops.bdk.conv3x3_input_gradient(dy, weight, ctx.upsample) if needs_x else None
+    dweight = dbias = None
+    if needs_weight or needs_bias:
+        dweight, dbias = torch.ops.bdk.conv3x3_weight_gradient(dy, x, ctx.upsample)
+    return dx, dweight if needs_weight else None, dbias if needs_bias else None, dy if needs_skip else None, None
+
+
+torch.library.register_autograd("bdk::conv3x3", _conv_backward, setup_context=_conv_context, lib=_lib)

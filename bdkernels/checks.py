@@ -172,3 +172,21 @@ def check_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, shift: Tens
             raise ValueError(f"{name} has shape {tuple(value.shape)}: expected {expected}")
         if (leads is not None and value.shape[0] not in leads) or not value.is_contiguous():
             raise ValueError(f"{name} has shape {tuple(value.shape)}: expected (1 or {len(x)}, {channels}), contiguous")
+
+
+def check_conv(x: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor | None, upsample: bool) -> None:
+    """Arguments of `bdkernels.conv3x3`."""
+    check_batch("x", x)
+    check_dtype("x", x, FLOATS)
+    for name, value in (("weight", weight), ("bias", bias), ("skip", skip)):
+        if value is not None:
+            check_dtype(name, value, (x.dtype,))
+            check_device(name, value, x.device)
+    if weight.dim() != 4 or weight.shape[1:] != (x.shape[1], 3, 3):
+        raise ValueError(f"weight has shape {tuple(weight.shape)}: expected (filters, {x.shape[1]}, 3, 3)")
+    if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_contiguous()):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}: expected ({weight.shape[0]},), contiguous")
+    scale = 2 if upsample else 1
+    shape = (x.shape[0], weight.shape[0], x.shape[2] * scale, x.shape[3] * scale)
+    if skip is not None and skip.shape != shape:
+        raise ValueError(f"skip has shape {tuple(skip.shape)}: expected {shape}")

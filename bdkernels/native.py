@@ -11,10 +11,12 @@ import ctypes
 import importlib
 import os
 from types import ModuleType
+from typing import Final
 
 import torch
 from torch import Tensor
 
+from . import reference
 from .compiled import CompiledOps
 
 
@@ -146,3 +148,59 @@ def _norm(
         *([tensor.data_ptr() for tensor in backward] or [0] * 4),
         torch.get_num_threads(),
     )
+
+
+def serves_conv(x: Tensor, filters: int) -> bool:
+    """Whether `conv3x3` has a kernel for ``x``."""
+    fits = x.dtype == torch.float32 and x.shape[1] % 16 == 0 and filters % 16 == 0 and x.numel() > 0
+    return fits and reference.layout_of(x) == torch.channels_last
+
+
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor | None, upsample: bool) -> Tensor:
+    """See `bdkernels.conv3x3`."""
+    return _convolved(x, weight, bias, skip, len(weight), doubled=upsample)
+
+
+def conv3x3_input_gradient(dy: Tensor, weight: Tensor, upsample: bool) -> Tensor:
+    """Gradient in ``x``."""
+    return _convolved(dy, weight, None, None, weight.shape[1], halved=upsample, turned=True)
+
+
+def _convolved(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    skip: Tensor | None,
+    filters: int,
+    *,
+    doubled: bool = False,
+    halved: bool = False,
+    turned: bool = False,
+) -> Tensor:
+    n, c, h, w = x.shape
+    shape = (n, c, 2 * h, 2 * w) if doubled else (n, c, h, w)
+    high, wide = (h // 2, w // 2) if halved else shape[2:]
+    out = torch.empty((n, filters, high, wide), memory_format=torch.channels_last)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    if skip is not None:
+        skip = skip.contiguous(memory_format=torch.channels_last)
+    addresses = (0 if tensor is None else tensor.data_ptr() for tensor in (x, weight, bias, skip, out))
+    _module().conv3x3(*addresses, shape, filters, doubled, halved, turned, torch.get_num_threads())
+    return out
+
+
+_FEWEST_TILES: Final = 128
+"""Over fewer, a weight's gradient is a short sum, and terms that are larger than the plain sum's show: 3 times the error."""
+
+
+def conv3x3_weight_gradient(dy: Tensor, x: Tensor, upsample: bool) -> tuple[Tensor, Tensor]:
+    """Gradients in ``weight`` and ``bias``."""
+    n, filters, h, w = dy.shape
+    if n * ((h + 1) // 2) * ((w + 1) // 2) < _FEWEST_TILES:
+        return reference.conv3x3_weight_gradient(dy, x, upsample)
+    dy = dy.contiguous(memory_format=torch.channels_last)
+    dweight = torch.empty((filters, x.shape[1], 3, 3), memory_format=torch.channels_last)
+    dbias = torch.empty(filters)
+    addresses = (tensor.data_ptr() for tensor in (x, dy, dweight, dbias))
+    _module().conv3x3_filters(*addresses, (n, x.shape[1], h, w), filters, upsample, torch.get_num_threads())
+    return dweight, dbias

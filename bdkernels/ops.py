@@ -16,6 +16,7 @@ from . import _schemas  # noqa: F401  defines torch.ops.bdk
 from .backends import backend_for
 from .checks import (
     FLOATS,
+    check_conv,
     check_device,
     check_dtype,
     check_image,
@@ -317,3 +318,35 @@ def group_norm(
     """
     check_norm(x, weight, bias, groups, shift)
     return torch.ops.bdk.group_norm(x, weight, bias, groups, shift, silu, eps)[0]
+
+
+def conv3x3(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    skip: Tensor | None = None,
+    upsample: bool = False,
+) -> Tensor:
+    """A 3 x 3 convolution padded with zeros, ``conv(x, weight) + bias + skip``: differentiable, once.
+
+    On the CPU in channels-last float32 with channels and filters in multiples of 16 it takes Winograd's way, with 2.25
+    times fewer products, four times fewer after upsampling; all else runs in torch. A sample's bits depend neither on the
+    batch nor on the number of threads.
+
+    Args:
+        x: float [N, C, H, W].
+        weight: [K, C, 3, 3], ``x``'s dtype.
+        bias: [K], ``x``'s dtype.
+        skip: [N, K, H, W], or [N, K, 2H, 2W] where upsampled, ``x``'s dtype.
+        upsample: Whether each pixel of ``x`` stands for four.
+
+    Returns:
+        Of ``skip``'s shape and ``x``'s dtype and layout.
+
+    Raises:
+        TypeError: A wrong dtype.
+        ValueError: A wrong shape or device.
+    """
+    check_conv(x, weight, bias, skip, upsample)
+    return torch.ops.bdk.conv3x3(x, weight, bias, skip, upsample)

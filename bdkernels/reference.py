@@ -326,3 +326,45 @@ def group_norm_backward(
     with_n = (weighted * normalised.reshape(weighted.shape)).mean((2, 3), keepdim=True)
     dx = (weighted - one - normalised.reshape(weighted.shape) * with_n) * inverse
     return dx.reshape(x.shape), (d * normalised).sum((0, 2, 3)), d.sum((0, 2, 3))
+
+
+def layout_of(x: Tensor) -> torch.memory_format:
+    """Channels-last where ``x`` is, else contiguous."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _upsampled(x: Tensor, upsample: bool) -> Tensor:
+    return F.interpolate(x, scale_factor=2.0, mode="nearest") if upsample else x
+
+
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor | None, upsample: bool) -> Tensor:
+    """See `bdkernels.conv3x3`."""
+    out = F.conv2d(_upsampled(x, upsample), weight, bias, padding=1)
+    return (out if skip is None else out + skip).contiguous(memory_format=layout_of(x))
+
+
+def conv3x3_input_gradient(dy: Tensor, weight: Tensor, upsample: bool) -> Tensor:
+    """Gradient in ``x``: the convolution by the filters turned about, of which upsampling's adjoint sums each four."""
+    dx = F.conv2d(dy, weight.transpose(0, 1).flip(2, 3), padding=1)
+    dx = 4 * F.avg_pool2d(dx, 2) if upsample else dx
+    return dx.contiguous(memory_format=layout_of(dy))
+
+
+def conv3x3_weight_gradient(dy: Tensor, x: Tensor, upsample: bool) -> tuple[Tensor, Tensor]:
+    """Gradients in ``weight`` and ``bias``."""
+    weight = x.new_empty((dy.shape[1], x.shape[1], 3, 3))
+    _, dweight, dbias = torch.ops.aten.convolution_backward(
+        dy,
+        _upsampled(x, upsample),
+        weight,
+        [len(weight)],
+        [1, 1],
+        [1, 1],
+        [1, 1],
+        False,
+        [0, 0],
+        1,
+        [False, True, True],
+    )
+    return dweight.contiguous(memory_format=torch.channels_last), dbias

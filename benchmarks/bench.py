@@ -14,10 +14,11 @@ Shape = tuple[int, int, int, int]
 P = ParamSpec("P")
 Result = TypeVar("Result")
 
-CPU, REFERENCE, CEILING = "cpu", "reference", "ceiling"
+CPU, CPU_GRAPH, REFERENCE, CEILING = "cpu", "cpu+graph", "reference", "ceiling"
 PEERS: Final = ("diffusers", "torch", "compile")
-PROVIDERS: Final = (*PEERS, CPU, REFERENCE, CEILING)
-"""Everything a table can have as a row; the ``cpu`` rows run on the backend that the caller has forced."""
+PROVIDERS: Final = (*PEERS, CPU, CPU_GRAPH, REFERENCE, CEILING)
+"""Everything a table can have as a row; the ``cpu`` rows run on the backend that the caller has forced, the second of a
+network under `torch.compile`."""
 
 PEER_TOLERANCE: Final = 1e-4
 """Largest distance of a peer from float64 truth, for values of order 1: stock coefficients lose 5.5e-5 at t=1."""

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Final
 
 from .bench import Provider, Shape
+from .network import network, network_training
 from .normal import normal
 from .samplers import STOCK, sampler_step
 from .step import fused_step
@@ -20,6 +21,8 @@ OPS: Final[dict[str, Callable[[Shape], dict[str, Provider]]]] = {
     "fused_noising": fused_noising,
     "fused_loss": fused_loss,
     "normal": normal,
+    "network": network,
+    "network_training": network_training,
     **SAMPLER_OPS,
 }
 
@@ -27,6 +30,8 @@ OPS: Final[dict[str, Callable[[Shape], dict[str, Provider]]]] = {
 def shapes(op: str) -> tuple[Shape, ...]:
     """Those at which an op is measured unless others are asked for.
 
-    A sampler's go down to one image, where its step is all host cost.
+    A sampler's go down to one image, where its step is all host cost. A network's shape says which it is.
     """
+    if op.startswith("network"):
+        return ((64, 1, 16, 16), (8, 3, 32, 32))
     return tuple((n, 3, 32, 32) for n in ((1, 16, 256, 1024) if op in SAMPLER_OPS else (256, 1024)))

@@ -42,6 +42,28 @@ void bind_group_norm(Address x, Address out, Address shift, int64_t shift_stride
                 pointer<float>(dbias)});
 }
 
+Scale scale_of(bool doubled, bool halved) {
+    return doubled ? Scale::doubled : halved ? Scale::halved : Scale::same;
+}
+
+// `shape` is [samples, channels, height, width] of what is convolved.
+void bind_conv3x3(Address x, Address weight, Address bias, Address skip, Address out, const Shape& shape,
+                  int64_t filters, bool doubled, bool halved, bool turned, int threads) {
+    const auto [n, c, h, w] = shape;
+    conv3x3({pointer<const float>(x), pointer<const float>(weight), pointer<const float>(bias),
+             pointer<const float>(skip), pointer<float>(out), n, h, w, c, filters, scale_of(doubled, halved),
+             turned},
+            threads);
+}
+
+void bind_conv3x3_filters(Address x, Address dy, Address dweight, Address dbias, const Shape& shape,
+                          int64_t filters, bool doubled, int threads) {
+    const auto [n, c, h, w] = shape;
+    conv3x3_filters({pointer<const float>(x), pointer<const float>(dy), pointer<float>(dweight),
+                     pointer<float>(dbias), n, h, w, c, filters, scale_of(doubled, false)},
+                    threads);
+}
+
 // The whole counter, for Random123's test vectors; the ops leave its last word zero.
 Shape philox_words(const Shape& counter, int64_t seed) {
     const auto [c0, c1, c2, c3] = counter;
@@ -71,6 +93,8 @@ PYBIND11_MODULE(_native, m) {
     m.attr("LOSS_PART") = kLossPart;
     m.attr("MOST_CHANNELS") = kMostChannels;
     m.def("group_norm", bind_group_norm, py::call_guard<py::gil_scoped_release>());
+    m.def("conv3x3", bind_conv3x3, py::call_guard<py::gil_scoped_release>());
+    m.def("conv3x3_filters", bind_conv3x3_filters, py::call_guard<py::gil_scoped_release>());
     m.def("philox", philox_words);
     m.def("columns", columns);
     m.def("isa", isa);

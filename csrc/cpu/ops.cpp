@@ -129,4 +129,49 @@ void group_norm(int64_t samples, int threads, const NormCall& call) {
     parallel_for(samples, threads, body);
 }
 
+void conv3x3(const ConvCall& call, int threads) {
+    static thread_local Scratch scratch;
+    const Rows& isa = *rows;
+    float* packed = scratch.floats(products(call.scale) * call.channels * call.filters);
+    auto pack = [&](int64_t unit) { isa.conv_pack(call, unit * kFilters, packed); };
+    parallel_for((call.filters + kFilters - 1) / kFilters, threads, pack);
+
+    const int64_t all = call.samples * ((call.height + 1) / 2), wide = (call.width + 1) / 2;
+    int64_t units = (all * wide + kTiles - 1) / kTiles;
+    units = std::min(all, (units + threads - 1) / threads * threads);
+    auto multiply = [&](int64_t unit) {
+        isa.conv_multiply(call, {all * unit / units, all * (unit + 1) / units}, packed);
+    };
+    parallel_for(units, threads, multiply);
+}
+
+void conv3x3_filters(const FilterCall& call, int threads) {
+    static thread_local Scratch scratch;
+    const Rows& isa = *rows;
+    const int64_t C = call.channels, K = call.filters, across = (K + kSquare - 1) / kSquare;
+    const int64_t squares = (C + kSquare - 1) / kSquare * across;
+    const int64_t all = call.samples * ((call.height + 1) / 2), tiles = all * ((call.width + 1) / 2);
+    // By the shape alone, so that sums are the same for any number of threads.
+    const int64_t parts = std::max<int64_t>(1, std::min({kUnits / squares, tiles / (2 * kTiles), all}));
+    const int64_t size = products(call.scale) * C * K;
+    float* sums = scratch.floats(parts * size);
+    std::vector<double> bias(parts * K);
+    auto sum = [&](int64_t unit) {
+        const int64_t part = unit / squares, square = unit % squares;
+        isa.conv_filters(call, {square / across * kSquare,
+                                square % across * kSquare,
+                                {all * part / parts, all * (part + 1) / parts},
+                                sums + part * size,
+                                bias.data() + part * K});
+    };
+    parallel_for(parts * squares, threads, sum);
+    auto finish = [&](int64_t unit) { isa.conv_finish(call, 16 * unit, sums, parts); };
+    parallel_for(C / 16, threads, finish);
+    for (int64_t k = 0; k < K; ++k) {
+        double total = 0;
+        for (int64_t part = 0; part < parts; ++part) total += bias[part * K + k];
+        call.dbias[k] = float(total);
+    }
+}
+
 }  // namespace bdk

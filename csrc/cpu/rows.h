@@ -11,6 +11,10 @@ struct Span {
 };
 
 struct NormCall;
+struct ConvCall;
+struct FilterCall;
+struct FilterUnit;
+struct TileRows;
 
 struct Rows {
     const char* name;
@@ -19,6 +23,10 @@ struct Rows {
     void (*noising)(const NoisingCall&, Span);
     double (*loss)(const LossCall&, Span);
     void (*norm)(const NormCall&, int64_t sample);
+    void (*conv_pack)(const ConvCall&, int64_t k, float* packed);  // see conv.h
+    void (*conv_multiply)(const ConvCall&, TileRows, const float* packed);
+    void (*conv_filters)(const FilterCall&, const FilterUnit&);
+    void (*conv_finish)(const FilterCall&, int64_t c, const float* sums, int64_t parts);
 };
 
 extern const Rows BASELINE;  // 128-bit vectors

@@ -8,6 +8,7 @@
 #include "bdk/noising.h"
 #include "bdk/normal.h"
 #include "bdk/step.h"
+#include "conv.h"
 #include "norm.h"
 #include "tensor.h"
 
@@ -224,7 +225,8 @@ double any_loss(const LossCall& call, Span span) {
 
 template <class L>
 constexpr Rows rows_of(const char* name) {
-    return {name, normal_span<L>, any_step<L>, any_noising<L>, any_loss<L>, any_norm<L>};
+    return {name,        normal_span<L>, any_step<L>,       any_noising<L>,   any_loss<L>,
+            any_norm<L>, Conv<L>::pack,  Conv<L>::multiply, Conv<L>::filters, Conv<L>::finish};
 }
 
 }  // namespace bdk

@@ -21,6 +21,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "other activation": {"act_fn": "gelu"},
     "resnet downsampling": {"downsample_type": "resnet", "upsample_type": "resnet"},
     "scaled": {"mid_block_scale_factor": 2**0.5},
+    "sixteens": {"widths": (16, 32, 48), "groups": 8},
+    "sixteens, all": {"widths": (16, 32, 48), "groups": 8, "attention": 2, "mid_block_scale_factor": 2**0.5},
 }
 
 
@@ -66,3 +68,25 @@ def test_a_large_batch_stays_channels_last() -> None:
         a, b = stock(x, torch.tensor(7.0)), ours(x, torch.tensor(7.0))
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert b.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_autocast() -> None:
+    stock, ours = networks(VARIANTS["sixteens, all"])
+    stock.autocast = ours.autocast = torch.bfloat16
+    x, t = batch()
+    expected, got = stock(x, t), ours(x, t)
+    got.square().sum().backward()
+    torch.testing.assert_close(got, expected, rtol=0.05, atol=0.05)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in ours.parameters())
+
+
+def test_copies_run_on_their_own_weights() -> None:
+    """As training's moving average does."""
+    _, ours = networks(VARIANTS["sixteens"])
+    x, t = batch()
+    expected, other = ours(x, t), copy.deepcopy(ours)
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.zero_()
+    assert torch.equal(other(x, t), expected)
+    assert not ours(x, t).any()

@@ -143,6 +143,12 @@ def test_gates_refuse_nan_and_bias() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", [op for op in OPS if op not in SAMPLER_OPS])
+@pytest.mark.parametrize("op", [op for op in OPS if op not in SAMPLER_OPS and op != "network_training"])
 def test_the_compiler_passes_the_gate(op: str) -> None:
     OPS[op]((4, 3, 8, 8))["compile"].check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["network", "network_training"])
+def test_the_accelerated_network_passes_the_gate_under_the_compiler(op: str) -> None:
+    OPS[op]((4, 3, 8, 8))["cpu+graph"].check()

@@ -59,7 +59,7 @@ def test_bits(target: str, tmp_path: Path) -> None:
             pytest.skip(f"{tool} is not installed: apt-get install g++-aarch64-linux-gnu qemu-user")
     csrc = ROOT / "csrc"
     flags = ["-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi", "-I", csrc, "-I", csrc / "include"]
-    sources = [ROOT / "tests/csrc/bits.cpp", csrc / "cpu/rows_baseline.cpp"]
+    sources = [ROOT / "tests/csrc/bits.cpp", csrc / "cpu/rows_baseline.cpp", csrc / "cpu/conv_baseline.cpp"]
     subprocess.run([*compiler, *flags, *sources, "-o", tmp_path / "bits"], check=True)
     printed = subprocess.run([*runner, tmp_path / "bits"], check=True, capture_output=True, text=True).stdout
     for line, want in zip(printed.splitlines(), expected(), strict=True):

@@ -1,0 +1,5 @@
+#include "conv_inl.h"
+
+namespace bdk {
+template struct Conv<Lanes<8>>;
+}
