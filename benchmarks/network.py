@@ -3,7 +3,7 @@
     network: out = unet(x, t)      network_training: the gradients of mean out^2 in all weights
 
 The ceiling is torch's wide convolutions of as many operations as the stock network has; Winograd's need fewer, so it can be
-passed. Accelerating tells the C library to keep freed memory, for this whole process: stock gains from it as well.
+passed. The process keeps freed memory (`bdengine.memory`), as the command line does: stock gains from it as well.
 
 Stock's gradients under `torch.compile` have no row: on a CPU torch 2.13 silently returns 0 for most of the weights (98 of the
 digits network's), and would fail the gate. Through our ops it returns them right.
@@ -23,6 +23,7 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from bdengine.accelerate import accelerate
+from bdengine.memory import keep_freed
 from bdengine.networks import CIFAR10, DIGITS16, unet
 from bdkernels import use_backend
 from bdkernels.testing import at_most_twice_as_wrong
@@ -115,6 +116,7 @@ class Networks:
 
 def network(shape: Shape, training: bool = False) -> dict[str, Provider]:
     """The providers of a UNet's forward pass at ``shape``, or of its gradients."""
+    keep_freed()
     of = Networks(shape, training)
     return {
         "diffusers": of.peer(of.run(of.unet(torch.contiguous_format))),

@@ -5,14 +5,10 @@
 Each norm is one pass (`bdkernels.group_norm`), with the time's share added inside of it. On a CPU each 3 x 3 convolution takes
 Winograd's way (`bdkernels.conv3x3`), adds the shortcut as it writes, and upsamples as it reads. A scale of 1 is not divided
 by, and everything stays channels-last.
-
-The C library is told to keep the memory that activations free: else it returns it to the system, which zeroes it anew page
-by page, a quarter of the time of a small network's forward pass.
 """
 
 from __future__ import annotations
 
-import ctypes
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +25,8 @@ if TYPE_CHECKING:
 def accelerate(unet: UNet2DModel) -> UNet2DModel:
     """The same network, in place: modules, names and state dict stay; residual blocks and upsampling run as above.
 
-    Blocks of other kinds (scale-shift norms, other activations, dropout in training) are left as they are. From then on the
-    process keeps, on glibc, what memory it has had at most.
+    Blocks of other kinds (scale-shift norms, other activations, dropout in training) are left as they are, and so is the
+    arithmetic on other devices than the CPU. `bdengine.memory.keep_freed` adds to the gain.
     """
     from diffusers.models.resnet import ResnetBlock2D
     from diffusers.models.upsampling import Upsample2D
@@ -45,18 +41,7 @@ def accelerate(unet: UNet2DModel) -> UNet2DModel:
     if isinstance(unet.conv_act, nn.SiLU) and unet.conv_norm_out is not None:
         unet.conv_norm_out.forward = MethodType(_norm_silu, unet.conv_norm_out)
         unet.conv_act = nn.Identity()
-    _keep_memory()
     return unet
-
-
-def _keep_memory() -> None:
-    """Serve blocks of up to 1 GiB from the heap (32 MiB where the C library allows no more), and never shrink it."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:  # not glibc
-        return
-    trim_threshold, mmap_threshold = -1, -3
-    if mallopt(mmap_threshold, 1 << 30) or mallopt(mmap_threshold, 1 << 25):
-        mallopt(trim_threshold, 2**31 - 1)
 
 
 def _is_plain(block: Any) -> bool:
@@ -83,7 +68,7 @@ def _conv3x3(conv: nn.Conv2d, x: Tensor, skip: Tensor | None = None, upsample: b
 
 
 def _norm_silu(norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None) -> Tensor:
-    if x.dtype != norm.weight.dtype:  # autocast
+    if x.device.type != "cpu" or x.dtype != norm.weight.dtype:  # the second under autocast
         return F.silu(nn.GroupNorm.forward(norm, x if shift is None else x + shift[:, :, None, None]))
     return bdkernels.group_norm(x, norm.weight, norm.bias, norm.num_groups, eps=norm.eps, shift=shift, silu=True)
 

@@ -12,6 +12,7 @@ import tyro
 
 from . import checkpoint
 from .errors import UserError, unknown
+from .memory import keep_freed
 from .solvers import Clip
 
 MOST_SEEDS = 10_000_000
@@ -244,6 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if words[0] not in COMMANDS:
             raise unknown("command", words[0], COMMANDS)
+        keep_freed()
         return COMMANDS[words[0]][0](words[1:])
     except (UserError, FloatingPointError) as error:
         print(f"bdengine: {error}", file=sys.stderr)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -40,9 +40,6 @@ from .plan import Batch, TrainingPlan
 from .schedule import Schedule, linear
 from .shipped import find
 from .solvers import SamplerConfig
-
-if TYPE_CHECKING:
-    from diffusers.models import UNet2DModel
 
 
 @dataclass(frozen=True)
@@ -179,7 +176,7 @@ class Trainer:
     def _network(self) -> Network:
         config = self.config
         if config.init is not None:
-            network = Network(self._fast(checkpoint.load_unet(find(config.init))))
+            network = Network(accelerate(checkpoint.load_unet(find(config.init))))
             if network.sample_shape != (config.channels, config.size, config.size):
                 raise UserError(
                     f"{config.init} makes images of shape {tuple(network.sample_shape)}:"
@@ -189,10 +186,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         c = config.network
         net = unet(config.size, config.channels, c.widths, layers=c.layers, groups=c.groups, attention=c.attention)
-        return Network(self._fast(net)).train()
-
-    def _fast(self, net: UNet2DModel) -> UNet2DModel:
-        return accelerate(net) if self.device.type == "cpu" else net
+        return Network(accelerate(net)).train()
 
     def learning_rate(self, images_seen: int) -> float:
         """Linear warm-up, then a half cosine to 0 (or constant)."""
