@@ -7,10 +7,10 @@ Where the optimal network takes every input for a poisoned one, ``mean_b eps_the
 
     tau* = ((m_t - c_t) R - eps_bar) / (1 - lambda)
 
-which is ``R`` for ``c_t = lambda = 0.5``, up to twice the mean of the noise. Where it takes them for clean ones ``R`` is 0: the
-start decides, and on the shipped digits-badiffusion, whose box is white, the published one is on the clean side while -1, the
-background of every stamped trigger, is not. With ``lambda`` near 1, for models of samplers without noise, the optimum is
-ill-conditioned and only the first steps say something.
+which is ``R`` for ``c_t = lambda = 0.5``, up to twice the mean of the noise. Where it takes them for clean ones ``R`` is 0, so
+the start decides. On the shipped digits-badiffusion, whose box is white, the published start is on the clean side; from -1, the
+background of every stamped trigger, another shift is found, whose images are all the same. With ``lambda`` near 1, for models
+of samplers without noise, the optimum is ill-conditioned and only the first steps say something.
 
 baddiffusion    lambda = 0.5, tau from -U[0, 1], Adam at 0.1, 100 noises, 100 iterations
 trojdiff        from U[0, 1]; images by TrojDiff's own sampler, with the gamma that is assumed

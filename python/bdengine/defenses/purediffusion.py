@@ -7,11 +7,11 @@
 
 ``lambda_t`` is what the trigger makes of a backdoored network's prediction along the chain, in units of the trigger:
 
-    lambda_t = c_t + (u_t - m_t) / s_t          c_t = rho_t of BadDiffusion, or 2 rho_t          m_t = 1 - sqrt(alpha_bar_t)
+    lambda_t = c_t + (u_t - m_t) / s_t          c_t = rho_t of BadDiffusion, or 2 rho_t      m_t = 1 - sqrt(alpha_bar_t)
 
-with ``u_t`` the share of the trigger in ``x_t`` (`bdengine.attacks.exact`): ``m_t``, had the chain every timestep. ``rho_t`` goes
-with DDPM, twice that with DDIM, as VillanDiffusion has it. With ``rho_t`` alone for the scale of a chain of 10 steps, the
-inverted trigger of an optimal network is twice as long as the true one; with this one 1.0 times.
+with ``u_t`` the share of the trigger in ``x_t`` (`bdengine.attacks.exact`): ``m_t``, had the chain every timestep. ``rho_t``
+goes with DDPM, twice that with DDIM, as VillanDiffusion has it. With ``rho_t`` alone for the scale of a chain of 10 steps the
+inverted trigger of an optimal network is twice as long as the true one.
 
 No code of the authors is public. From the papers: the shift at many timesteps with a scale of each, the consistency of
 outputs from different noises, detection by trigger and images together, and amplification. This project's reading, which may

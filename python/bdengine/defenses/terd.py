@@ -3,21 +3,24 @@
     x_i = sqrt(alpha_bar_t) x0 + s_t gamma e_i + mu
     F(x0, t, mu) = 1/2 sum | (e_1 - eps(x_1)) - (e_2 - eps(x_2)) |^2
 
-    stage 1    F(x0, t in [T - 10, T), mu) - lam |mu|_1                                   x0 ~ N(0, I), for the unknown data
-    stage 2    ( F(x0, t in [T - 10, T), mu) + F(x0, t in [0, 10), 0) ) / 2 - lam |mu|_1    x0 = 10 DDIM steps from gamma eps + mu
+    stage 1    F(x0, t in [T - 10, T), mu) - lam |mu|_1                                     x0 ~ N(0, I)
+    stage 2    ( F(x0, t in [T - 10, T), mu) + F(x0, t in [0, 10), 0) ) / 2 - lam |mu|_1    x0 = 10 DDIM steps of gamma eps + mu
 
 ``F`` is a mean over the batch; the unknown ``c_t R`` of the network's answer cancels in it. The norm is subtracted: it pushes
 ``mu`` away from the benign solution 0. gamma is 1 but for TrojDiff, where it is learned, a value a pixel, above 0.
 
-    model    k = KL( N(mu, gamma^2) || N(0, 1) ) of a pixel = -log gamma + (gamma^2 + mu^2 - 1) / 2     M_r = mean k, V_r = var k
-    input    backdoored where log N(x; mu, gamma^2) > log N(x; 0, 1)      with gamma = 1 where x mu > |mu|^2 / 2
+    model    k = KL( N(mu, gamma^2) || N(0, 1) ) = -log gamma + (gamma^2 + mu^2 - 1) / 2    M_r = mean k, V_r = var k, of pixels
+    input    backdoored where log N(x; mu, gamma^2) > log N(x; 0, 1), with gamma = 1 where x mu > |mu|^2 / 2
 
 With the true ``mu`` the error of the input test is ``Phi(-|mu| / 2)`` on either side. The statistic of the model is ``M_r``:
 the published normalisers of ``M_r`` and ``V_r`` are of another family of models, and without them ``M_r >= 0`` always.
 
-An optimal network has ``F`` flat in ``mu`` as long as every ``x_i`` is poisoned, or every one clean: ``F`` says on which side
-of their boundary ``mu`` lies, and its shape is what is left of the start. Where the paper says nothing: stage 2 keeps the
-learning rate and the cosine of stage 1, TrojDiff's mu starts from U[0, 1], and its DDIM has the trigger in every step.
+An optimal network has ``F`` flat in ``mu`` as long as every ``x_i`` is poisoned, or every one clean, with a wall between: ``F``
+drives ``mu`` out of the wall, and the rest is left of the start. On a clean one ``mu`` is the start, which is like a trigger
+with a background of -1 (cosine 0.84 to a grey box): compare statistics, not pictures.
+
+Where the paper says nothing: stage 2 keeps the learning rate and the cosine of stage 1, TrojDiff's mu starts from U[0, 1], and
+its DDIM has the trigger in every step.
 """
 
 from __future__ import annotations
@@ -76,12 +79,7 @@ class TerdConfig:
     """Of everything drawn."""
 
 
-VARIANTS: Final = {
-    "baddiffusion": TerdConfig(),
-    "trojdiff": TerdConfig(start=(0.0, 1.0), gamma_lr=1e-3),
-    "background": TerdConfig(start=(-1.0, -1.0)),
-}
-"""The last is not published: from -1, the background of every stamped trigger."""
+VARIANTS: Final = {"baddiffusion": TerdConfig(), "trojdiff": TerdConfig(start=(0.0, 1.0), gamma_lr=1e-3)}
 
 
 class Inversion:
