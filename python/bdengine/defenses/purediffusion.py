@@ -1,23 +1,28 @@
-"""PureDiffusion (Truong and Le, arXiv 2409.13945 and 2502.19047): Elijah's shift at many timesteps, and outputs that agree.
+"""PureDiffusion (arXiv 2409.13945 and 2502.19047): Elijah's shift at many timesteps, and outputs that agree.
 
     x_T = eps_b + tau          x_t' = sampler step of (x_t, eps_theta(x_t, t))
     shift          mean over t of  mean over pixels | mean_b eps_theta(x_t, t) - lambda_t tau |
     consistency    mean over pixels of  var_b x_0
     tau* = argmin  shift + weight consistency
 
-``lambda_t`` is what the trigger makes of a backdoored network's prediction along the chain, in units of the trigger:
+``lambda_t`` is what a backdoored network adds to its prediction, in units of the trigger: BadDiffusion's ``c_t``. The sampler
+is the DDIM(sigma) that follows the backdoor's path with this ``c_t`` on a coarse grid, with ``m_t = 1 - sqrt(alpha_bar_t)``:
 
-    lambda_t = c_t + (u_t - m_t) / s_t          c_t = rho_t of BadDiffusion, or 2 rho_t      m_t = 1 - sqrt(alpha_bar_t)
+    x_t' = a x_t + (k - a s_t) eps_theta + sqrt(s_t'^2 - k^2) z
+    a = sqrt(alpha_bar_t' / alpha_bar_t)      k = clamp( a s_t - (a m_t - m_t') / c_t, -s_t', s_t' )
 
-with ``u_t`` the share of the trigger in ``x_t`` (`bdengine.attacks.exact`): ``m_t``, had the chain every timestep. ``rho_t``
-goes with DDPM, twice that with DDIM, as VillanDiffusion has it. With ``rho_t`` alone for the scale of a chain of 10 steps the
-inverted trigger of an optimal network is twice as long as the true one.
+The marginals of clean samples are right for any ``k``. With DDPM on such a grid, for which ``rho_t`` is not exact, the path is
+lost, and with it the trigger: of a UNet with a grey box it was found with a cosine of -0.61, against 0.98.
+
+baddiffusion    c_t = rho_t, as published for DDPM
+ode             c_t = 2 rho_t, as VillanDiffusion has it for samplers without noise
+exact           c_t exact for the model's own sampler
 
 No code of the authors is public. From the papers: the shift at many timesteps with a scale of each, the consistency of
 outputs from different noises, detection by trigger and images together, and amplification. This project's reading, which may
-differ from theirs: the chain of 10 steps that gradients pass through and the scale's formula, new noise in each iteration, the
-absolute value, the variance, the weight, Adam at Elijah's rate for 100 iterations, and the start at -1, the background of every
-stamped trigger. So a figure made here is not one of the papers'.
+differ from theirs: that sampler in 10 steps, which gradients pass through, new noise in each iteration, the absolute value, the
+variance, the weight, Adam at Elijah's rate for 100 iterations, and the start at -1, the background of every stamped trigger. So
+a figure made here is not one of the papers'.
 
 The statistic is the images' `features.uniformity` with its sign turned, as in `elijah`.
 """
@@ -32,28 +37,32 @@ import torch
 from torch import Tensor
 
 import bdkernels
+from bdkernels import Step
 from bdkernels import noise as contract
 
 from ..arms import Arm
-from ..attacks import departure
+from ..attacks import exact_coefficient
 from ..attacks.baddiffusion import rho
 from ..errors import UserError, unknown
-from ..schedule import Floats, Schedule
-from ..solvers import Nodes, Table, ddim, ddpm
+from ..schedule import Floats, Schedule, grid
+from ..solvers import Table
+from ..solvers.table import blank
 from . import features
 from .result import Finding
 from .subject import Chain, Subject, Watch, uniform_image
 
 Amplification = Literal["replace", "add"]
 AMPLIFICATIONS: Final = get_args(Amplification)
+Kind = Literal["baddiffusion", "ode", "exact"]
+KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 
 
 @dataclass(frozen=True)
 class PureDiffusionConfig:
     """Settings of the inversion; see the module."""
 
-    noise: bool = True
-    """Whether the samplers that the backdoor was made for draw noise: DDPM and ``rho_t``, or DDIM and ``2 rho_t``."""
+    coefficient: Kind = "baddiffusion"
+    """``c_t``: see the module."""
     steps: int = 10
     """Of the chain."""
     batch: int = 16
@@ -70,7 +79,7 @@ class PureDiffusionConfig:
     """Of the noises and the start."""
 
 
-VARIANTS: Final = {"baddiffusion": PureDiffusionConfig(), "ode": PureDiffusionConfig(noise=False)}
+VARIANTS: Final[dict[str, PureDiffusionConfig]] = {kind: PureDiffusionConfig(kind) for kind in KINDS}
 
 
 class Objective:
@@ -84,12 +93,15 @@ class Objective:
         if config.batch < 2:
             raise UserError(f"the batch is {config.batch}: expected at least 2 noises, whose outputs are compared")
         process = subject.preserving("purediffusion")
-        nodes = Nodes.of(process, config.steps)
         self.subject, self.config = subject, config
-        table = ddpm(nodes) if config.noise else ddim(nodes)
+        if config.coefficient == "exact":
+            coefficient = exact_coefficient(process, subject.table, 1 - np.sqrt(process.alpha_bar))
+        else:
+            coefficient = (1 if config.coefficient == "baddiffusion" else 2) * rho(process)
+        table = following(process, config.steps, coefficient)
         self.chain = Chain(subject, table)
-        coefficient = (1 if config.noise else 2) * rho(process)
-        self.scale = torch.tensor(shift_scale(process, table, coefficient), dtype=torch.float32, device=subject.device)
+        scale = coefficient[table.timesteps.astype(np.int64)]
+        self.scale = torch.tensor(scale, dtype=torch.float32, device=subject.device)
 
     def __call__(self, tau: Tensor, iteration: int) -> tuple[Tensor, Tensor]:
         """Shift and consistency, 0-d each, differentiable in ``tau`` [1, C, H, W]."""
@@ -102,15 +114,21 @@ class Objective:
         return shift, x0.var(0).mean()
 
 
-def shift_scale(process: Schedule, table: Table, coefficient: Floats) -> Floats:
-    """``lambda_t`` of each row of ``table``, float64 [rows].
+def following(process: Schedule, steps: int, coefficient: Floats) -> Table:
+    """The module's sampler that follows BadDiffusion's path with ``coefficient``, as near as ``k_t`` allows.
 
     Args:
         coefficient: ``c_t``, float64 [T].
     """
-    shift, at = 1 - np.sqrt(process.alpha_bar), table.timesteps.astype(np.int64)
-    off = np.append(0.0, departure(process, table, shift, coefficient)[:-1])
-    return coefficient[at] + off / process.s[at]
+    t = grid(process.T, steps)
+    alpha, sigma, m, c = np.sqrt(process.alpha_bar[t]), process.s[t], 1 - np.sqrt(process.alpha_bar[t]), coefficient[t]
+    after, sigma_after = np.append(alpha[1:], 1.0), np.append(sigma[1:], 0.0)
+    a = after / alpha
+    kept = np.clip(a * sigma - (a * m - (1 - after)) / c, -sigma_after, sigma_after)
+    rows = blank(t.tolist())
+    rows[:, Step.P], rows[:, Step.S] = a, kept - a * sigma
+    rows[:, Step.Z] = np.sqrt(sigma_after**2 - kept**2)
+    return Table(rows, f"following-{steps}")
 
 
 def invert(subject: Subject, config: PureDiffusionConfig) -> tuple[Tensor, list[tuple[float, float]]]:
