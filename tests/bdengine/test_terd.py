@@ -165,3 +165,6 @@ def test_a_run_has_the_same_bits_again() -> None:
     assert torch.equal(first.trigger, again.trigger)  # type: ignore[arg-type]
     assert torch.equal(first.images, again.images)  # type: ignore[arg-type]
     assert not torch.equal(first.trigger, other.trigger)  # type: ignore[arg-type]
+    alone = terd.examine(ours, replace(VARIANTS["surrogate"], surrogate=3, batch=4))
+    assert alone.evaluations == 3 * 2 * 4 + 20 * 16
+    assert alone.details["losses"] == {"surrogate": first.details["losses"]["surrogate"], "refinement": []}
