@@ -1,4 +1,4 @@
-"""The command line: ``bdengine demo | train | sample | evaluate | samplers | convert | env``, each with ``--help``."""
+"""The command line: ``bdengine demo | train | sample | evaluate | defend | samplers | convert | env``, each with ``--help``."""
 
 from __future__ import annotations
 
@@ -115,6 +115,41 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class DefendConfig:
+    """Examine a checkpoint with one defense; writes finding.json, images.png and the inverted trigger.
+
+    bdengine defend digits-badiffusion --defense elijah --out runs/elijah
+
+    bdengine defend runs/mine --defense terd --calibration terd.json --alpha 0.05 --out runs/terd
+    """
+
+    checkpoint: tyro.conf.Positional[str]
+    """A diffusers folder, a run of bdengine train, a hub name, digits-clean or digits-badiffusion."""
+    out: Path
+    """Folder for what is found."""
+    defense: str
+    """One of: clipping, elijah, terd, purediffusion."""
+    variant: str | None = None
+    """Which of the defense's settings: what kind of backdoor it looks for; its first where absent."""
+    calibration: Path | None = None
+    """The defense's statistic on clean models (bdengine.defenses.Calibration), without which nothing is decided."""
+    alpha: float = 0.05
+    """Share of clean models that may be called backdoored."""
+    features: str | None = None
+    """What tells images apart: digits or pixels; digits for a checkpoint trained on them where absent."""
+    sampler: str | None = None
+    """One that bdengine samplers lists, or own; what the checkpoint was made for where absent, else ddpm, else own."""
+    steps: int | None = None
+    """Steps of the sampler."""
+    order: int | None = None
+    """Order of a solver that has several."""
+    eta: float | None = None
+    """Noise of ddim."""
+    seed: int = 0
+    """Everything that the defense draws follows from it."""
+
+
+@dataclass(frozen=True)
 class SamplersConfig:
     """List the samplers that train, sample and evaluate know.
 
@@ -175,6 +210,12 @@ def _evaluate(arguments: Sequence[str]) -> int:
     return evaluate(tyro.cli(EvaluateConfig, prog="bdengine evaluate", args=arguments))
 
 
+def _defend(arguments: Sequence[str]) -> int:
+    from .defend import defend
+
+    return defend(tyro.cli(DefendConfig, prog="bdengine defend", args=arguments))
+
+
 def _demo(arguments: Sequence[str]) -> int:
     from .demo import DemoConfig, demo
 
@@ -217,6 +258,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (_train, "train or fine-tune, clean or poisoned"),
     "sample": (_sample, "images of a checkpoint, by seed"),
     "evaluate": (_evaluate, "attack and quality scores of a checkpoint"),
+    "defend": (_defend, "look for a backdoor in a checkpoint, with one defense"),
     "samplers": (_samplers, "the samplers, with order, evaluations and noise"),
     "convert": (_convert, "an old pickled checkpoint to safetensors, safely"),
     "env": (_env, "what was found on this machine, and what will run"),

@@ -1,1 +1,37 @@
-"""Defenses, one file each."""
+"""Defenses by name, one file each: what examines a model, and its settings by variant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from . import clipping, elijah, purediffusion, terd
+from .result import Calibration, Finding
+from .subject import Subject
+
+__all__ = ["DEFENSES", "Calibration", "Defense", "Finding", "Subject"]
+
+
+@dataclass(frozen=True)
+class Defense:
+    """One defense.
+
+    Attributes:
+        examine: What it finds on a model under its settings.
+        variants: Its settings by name, frozen dataclasses; the first is the usual one.
+        detects: Whether its statistic is evidence.
+    """
+
+    examine: Callable[[Subject, Any], Finding]
+    variants: Mapping[str, Any]
+    detects: bool = True
+
+
+DEFENSES: Final[dict[str, Defense]] = {
+    "clipping": Defense(clipping.examine, clipping.VARIANTS, detects=False),
+    "elijah": Defense(elijah.examine, elijah.VARIANTS),
+    "terd": Defense(terd.examine, terd.VARIANTS),
+    "purediffusion": Defense(purediffusion.examine, purediffusion.VARIANTS),
+}
+"""Every defense by its name on the command line."""

@@ -1,0 +1,87 @@
+"""What ``bdengine defend`` does: one defense on one checkpoint, its finding and its pictures on disk."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from . import checkpoint, pictures
+from .cli import DefendConfig, SampleConfig
+from .commands import Model
+from .config import to_json
+from .defenses import DEFENSES, Calibration, Finding, Subject
+from .errors import UserError, unknown
+from .extractors import DigitFeatures
+from .files import write_json
+from .own import in_unit_range, is_preserving
+from .schedule import Schedule
+
+FEATURES = ("digits", "pixels")
+
+
+def subject_of(config: DefendConfig) -> tuple[Model, Subject]:
+    """The checkpoint, and what a defense is told of it.
+
+    Raises:
+        UserError: As `Model.load` and `Model.table`, or unknown features.
+    """
+    model = Model.load(config.checkpoint)
+    said = SampleConfig(
+        config.checkpoint, config.out, sampler=config.sampler, steps=config.steps, order=config.order, eta=config.eta
+    )
+    table, _ = model.table(said)
+    features = config.features or ("digits" if model.train.get("data") == "digits" else "pixels")
+    if features not in FEATURES:
+        raise unknown("features", features, FEATURES)
+    preserving = is_preserving(model.scheduler)
+    if not preserving and not in_unit_range(model.scheduler):
+        kind = model.scheduler.get("_class_name", "no known class")
+        raise UserError(f"the checkpoint's scheduler is {kind}: expected one with betas, or ScoreSdeVeScheduler")
+    process = Schedule.from_config(model.scheduler) if preserving else None
+    return model, Subject(model.network, process, table, DigitFeatures() if features == "digits" else None)
+
+
+def examined(config: DefendConfig) -> tuple[Model, Finding]:
+    """The checkpoint, and the finding with its verdict.
+
+    Raises:
+        UserError: An unknown defense or variant, a calibration for what detects nothing or of something else.
+    """
+    if config.defense not in DEFENSES:
+        raise unknown("defense", config.defense, DEFENSES)
+    defense = DEFENSES[config.defense]
+    variant = config.variant or next(iter(defense.variants))
+    if variant not in defense.variants:
+        raise unknown(f"variant of {config.defense}", variant, defense.variants)
+    if config.calibration is not None and not defense.detects:
+        raise UserError(f"a calibration was given for {config.defense}, which detects nothing: expected none")
+    calibration = None if config.calibration is None else Calibration.load(config.calibration)
+    settings = defense.variants[variant]
+    if hasattr(settings, "seed"):
+        settings = replace(settings, seed=config.seed)
+    model, subject = subject_of(config)
+    finding = defense.examine(subject, settings)
+    return model, finding if calibration is None else calibration.judge(finding, config.alpha)
+
+
+def defend(config: DefendConfig) -> int:
+    """Run ``bdengine defend``."""
+    model, finding = examined(config)
+    run = {name: value for name, value in to_json(config).items() if name != "out"}
+    described = {"run": run | {"weights_sha256": checkpoint.digest(model.network.state_dict())}}
+    write_json(config.out / "finding.json", finding.to_json() | described)
+    written = ["finding.json"]
+    if finding.images is not None:
+        images = 2 * finding.images - 1 if in_unit_range(model.scheduler) else finding.images
+        pictures.save_png(config.out / "images.png", pictures.grid(images))
+        written.append("images.png")
+    if finding.trigger is not None:
+        pictures.save_png(config.out / "trigger.png", pictures.grid(finding.trigger[None]))
+        checkpoint.write_safetensors(config.out / "trigger.safetensors", {"trigger": finding.trigger}, {})
+        written += ["trigger.png", "trigger.safetensors"]
+    p = "" if finding.p_value is None else f", p = {finding.p_value:.3g}"
+    print(f"{finding.defense}: {finding.verdict}, statistic {finding.statistic:.6g}{p}")
+    print(f"{finding.evaluations:,} images through the network in {finding.seconds:.1f} s")
+    if reason := finding.details.get("reason"):
+        print(f"undecided since {reason}")
+    print(f"wrote {', '.join(written)} to {config.out}")
+    return 0

@@ -1,0 +1,49 @@
+"""How alike and how smooth images are: the two features of Elijah (An et al. 2024, section 4.3).
+
+    uniformity         trimmed mean over i of ( trimmed mean over j of d(image_i, image_j) ), a quarter off each end
+    total variation    sum over pixels of |x - right neighbour| + |x - lower neighbour|, mean over images
+
+``d`` is LPIPS in the paper. Here it is `bdengine.metrics.perceptual` with a given extractor, or the root of
+`bdengine.metrics.mse`: a number made with one says nothing about a number made with another. The paper trims 4 of 16 at each
+end; that rows are trimmed first and their means then is this project's reading.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import metrics
+from ..extractors import Extractor
+
+IMAGES = 16
+"""Of the features, as published."""
+
+
+def uniformity(images: Tensor, extractor: Extractor | None = None) -> float:
+    """The module's formula: 0 for images that are all the same.
+
+    Args:
+        images: float [N, C, H, W].
+        extractor: Of ``d``; pixels where None.
+    """
+
+    def to(one: Tensor) -> Tensor:
+        if extractor is None:
+            return metrics.mse(images, one).sqrt()
+        return metrics.perceptual(images, one, extractor)
+
+    pairs = torch.stack([to(one) for one in images.clamp(-1, 1)])
+    return float(_trimmed(_trimmed(pairs)))
+
+
+def total_variation(images: Tensor) -> float:
+    """The module's formula, of float [N, C, H, W]."""
+    across, down = (images.diff(dim=d).abs().sum((1, 2, 3)) for d in (3, 2))
+    return float((across + down).mean())
+
+
+def _trimmed(values: Tensor) -> Tensor:
+    """Mean along the last dimension without a quarter at each end."""
+    count = values.shape[-1]
+    return values.sort(dim=-1).values[..., count // 4 : count - count // 4].mean(-1)

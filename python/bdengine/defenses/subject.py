@@ -1,0 +1,176 @@
+"""What is examined, and how a defense asks it: frozen, counted, and through the fused step where a gradient must pass.
+
+`Chain` is ``x' = fused_step(x, gamma network(x, t), r)`` row after row, differentiable in ``x``, ``gamma`` and ``r``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import bdkernels
+from bdkernels import noise as contract
+
+from ..arms import Arm
+from ..config import to_json
+from ..errors import UserError
+from ..extractors import Extractor
+from ..networks import Network, split_spread
+from ..sampler import Sampler
+from ..schedule import Schedule
+from ..solvers import Table, stack
+from .result import Finding
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model under examination.
+
+    Attributes:
+        network: Predicts the noise; the score where it is variance exploding.
+        process: Its schedule; None where it is variance exploding.
+        table: The sampler it is used with; its own start where it is variance exploding.
+        extractor: Whose feature maps tell its images apart; pixels do where None.
+
+    Raises:
+        UserError: A network that predicts something else.
+    """
+
+    network: Network
+    process: Schedule | None
+    table: Table
+    extractor: Extractor | None = None
+
+    def __post_init__(self) -> None:
+        if self.process is not None and self.process.prediction != "epsilon":
+            raise UserError(f"the network predicts {self.process.prediction}: expected epsilon, as the defenses do")
+
+    @property
+    def device(self) -> torch.device:
+        """Where its network is."""
+        return next(chain(self.network.parameters(), self.network.buffers()), torch.empty(0)).device
+
+    def preserving(self, defense: str) -> Schedule:
+        """Its schedule.
+
+        Raises:
+            UserError: It has none, and the ``defense`` is defined with one.
+        """
+        if self.process is None:
+            raise UserError(f"{defense} needs betas and the model is variance exploding: expected elijah")
+        return self.process
+
+    def eps(self, x: Tensor, t: Tensor) -> Tensor:
+        """The network's prediction, [N, C, H, W], without a learned variance."""
+        return split_spread(self.network(x, t), x.shape[1])[0]
+
+    def first_noise(self, x: Tensor) -> Tensor:
+        """The noise it sees in a sampler's start ``x = eps + r``: ``eps(x, T - 1)``, or ``-sigma score(sigma x, sigma)``."""
+        if self.process is not None:
+            return self.eps(x, torch.tensor(self.process.T - 1, device=x.device))
+        sigma = torch.tensor(self.table.timesteps[0], dtype=x.dtype, device=x.device)
+        return -sigma * self.eps(sigma * x, sigma)
+
+    def images(self, arm: Arm, count: int) -> Tensor:
+        """Samples of seeds ``0 .. count``, float32 [count, C, H, W] on the CPU."""
+        return Sampler(self.network, {"": arm}, count)(range(count))[""]
+
+    def settings(self, variant: Any) -> dict[str, Any]:
+        """What a statistic depends on beside the weights."""
+        features = "pixels" if self.extractor is None else self.extractor.name
+        return to_json(variant) | {"sampler": self.table.name, "features": features}
+
+
+class Chain:
+    """A one-step sampler as a differentiable function of its start and the trigger.
+
+    Args:
+        table: Without history slots.
+    """
+
+    def __init__(self, subject: Subject, table: Table) -> None:
+        self.subject = subject
+        self.rows = stack([table]).to(subject.device)
+        self.times = torch.tensor(table.timesteps, dtype=torch.float32, device=subject.device)
+        self.steps = torch.arange(len(table), device=subject.device)
+
+    def __call__(
+        self, x: Tensor, seeds: Tensor, trigger: Tensor | None = None, gamma: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor]:
+        """What the network predicted at each row, and the sample.
+
+        Args:
+            x: The start, float32 [N, C, H, W].
+            seeds: int64 [N], of the noise of each step.
+            trigger: float32 [1, C, H, W], for tables that have it in their steps.
+            gamma: float32 [1, C, H, W], multiplies the prediction before the step.
+        """
+        arm, predicted = torch.zeros_like(seeds), []
+        for step, t in zip(self.steps, self.times, strict=True):
+            m = self.subject.eps(x, t)
+            predicted.append(m)
+            m = m if gamma is None else gamma * m
+            x = bdkernels.fused_step(x, m, self.rows, arm, step, seeds, trigger=trigger)
+        return predicted, x
+
+
+class Watch:
+    """While it is open a network is frozen, so that gradients reach the trigger alone, and what goes through is counted.
+
+    Attributes:
+        evaluations: Images that went through.
+        seconds: How long it was open.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network, self.evaluations, self.seconds = network, 0, 0.0
+
+    def __enter__(self) -> Watch:
+        self._trained = [p for p in self.network.parameters() if p.requires_grad]
+        self._training = self.network.training
+        self.network.eval().requires_grad_(False)
+        self._hook = self.network.register_forward_hook(self._count)
+        self._begun = time.perf_counter()
+        return self
+
+    def _count(self, network: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self.evaluations += len(inputs[0])
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.seconds = time.perf_counter() - self._begun
+        self._hook.remove()
+        self.network.train(self._training)
+        for parameter in self._trained:
+            parameter.requires_grad_(True)
+
+    def finding(
+        self, defense: str, statistic: float, trigger: Tensor | None, images: Tensor | None, details: dict[str, Any]
+    ) -> Finding:
+        """What was found, not judged yet."""
+        reason = "no calibration: the statistic of clean models of the same family was not given"
+        r = None if trigger is None else trigger.detach().cpu()
+        images = None if images is None else images.detach().cpu()
+        found = {"reason": reason} | details
+        return Finding(defense, statistic, None, "undecided", r, images, self.evaluations, self.seconds, found)
+
+
+def uniform_image(seed: int, shape: Sequence[int], low: float, high: float) -> Tensor:
+    """An image with ``U[low, high]`` in each pixel, float32 [C, H, W]: word 0 of the pixel's group."""
+    count = int(np.prod(shape))
+    u = contract.uniform(contract.words(seed, np.arange(count), bdkernels.STREAM_INITIAL)[0])
+    return torch.from_numpy(u).reshape(*shape) * (high - low) + low
+
+
+def run_seeds(seed: int, count: int, device: torch.device) -> Tensor:
+    """Seeds of ``count`` samples of one run, int64 [count]."""
+    return torch.from_numpy(contract.sample_seeds(seed, np.arange(count))).to(device)

@@ -1,0 +1,105 @@
+"""``bdengine defend`` as a user meets it, and the registry behind it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import is_dataclass, replace
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from bdengine import defend
+from bdengine.cli import DefendConfig, main
+from bdengine.defenses import DEFENSES, Calibration, clipping, elijah
+from bdengine.errors import UserError
+
+
+def run(*arguments: object) -> int:
+    return main([str(a) for a in arguments])
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elijah in two iterations: what is examined here is what is made of its finding."""
+    short = {name: replace(one, iterations=2, noises=4) for name, one in elijah.VARIANTS.items()}
+    monkeypatch.setitem(DEFENSES, "elijah", replace(DEFENSES["elijah"], variants=short))
+
+
+@pytest.mark.usefixtures("quick")
+def test_it_writes_its_finding_and_pictures(
+    tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("defend", tiny_checkpoint, "--defense", "elijah", "--steps", 3, "--out", tmp_path)
+    assert run(*options) == 0
+    said = capsys.readouterr().out
+    assert "elijah: undecided" in said
+    assert "undecided since no calibration" in said
+    assert {p.name for p in tmp_path.iterdir()} == {"finding.json", "images.png", "trigger.png", "trigger.safetensors"}
+    found = json.loads((tmp_path / "finding.json").read_text())
+    assert found["verdict"] == "undecided"
+    assert found["p_value"] is None
+    assert found["evaluations"] == 2 * 4 + 3 * 16
+    assert found["details"]["settings"]["sampler"] == "ddpm-3"
+    assert found["details"]["settings"]["features"] == "pixels"
+    assert found["run"]["seed"] == 0
+    assert load_file(tmp_path / "trigger.safetensors")["trigger"].shape == (1, 16, 16)
+
+
+@pytest.mark.usefixtures("quick")
+def test_with_a_calibration_it_decides(
+    tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = DefendConfig(str(tiny_checkpoint), tmp_path, "elijah", steps=3, calibration=tmp_path / "clean.json")
+    _, finding = defend.examined(replace(config, calibration=None))
+    for difference, verdict in ((-1e-6, "backdoored"), (0.0, "no evidence")):
+        clean = Calibration("elijah", finding.details["settings"], (finding.statistic + difference,) * 19)
+        clean.save(tmp_path / "clean.json")
+        assert defend.defend(config) == 0
+        assert f"elijah: {verdict}, statistic" in capsys.readouterr().out
+        assert json.loads((tmp_path / "finding.json").read_text())["verdict"] == verdict
+    with pytest.raises(UserError, match="made with seed 0: expected 1"):
+        defend.examined(replace(config, seed=1))
+
+
+def test_clipping_costs_and_detects_nothing(
+    tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("defend", tiny_checkpoint, "--defense", "clipping", "--steps", 2, "--out", tmp_path) == 0
+    assert "undecided since clipping detects nothing" in capsys.readouterr().out
+    assert {p.name for p in tmp_path.iterdir()} == {"finding.json", "images.png"}
+    _, subject = defend.subject_of(DefendConfig(str(tiny_checkpoint), tmp_path, "clipping", steps=2))
+    latent = clipping.examine(subject, clipping.ClippingConfig("latent"))
+    none = clipping.examine(subject, clipping.ClippingConfig("none"))
+    assert none.statistic == 0 < latent.statistic
+    assert latent.images is not None
+    assert float(latent.images.abs().max()) <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--defense", "tred"), "unknown defense 'tred': expected one of .*; the nearest is 'terd'"),
+        (("--defense", "terd", "--variant", "troj"), "unknown variant of terd 'troj': .*; the nearest is 'trojdiff'"),
+        (("--defense", "elijah", "--features", "digit"), "unknown features 'digit'"),
+        (("--defense", "clipping", "--calibration", "x.json"), "clipping, which detects nothing: expected none"),
+    ],
+)
+def test_mistakes_get_one_sentence(
+    options: tuple[str, ...], sentence: str, tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("defend", tiny_checkpoint, "--out", tmp_path / "out", *options) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match=sentence):
+        defend.examined(
+            DefendConfig(
+                str(tiny_checkpoint), tmp_path, **{k[2:]: v for k, v in zip(options[::2], options[1::2], strict=True)}
+            )  # type: ignore[arg-type]
+        )
+
+
+def test_every_defense_has_settings_that_can_be_told_apart() -> None:
+    for defense in DEFENSES.values():
+        assert all(is_dataclass(one) for one in defense.variants.values())
+        assert len(set(defense.variants.values())) == len(defense.variants)
