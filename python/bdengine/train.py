@@ -61,6 +61,8 @@ class TrainConfig:
     """The run's folder; an unfinished run of the same configuration in it is resumed."""
     data: str = "digits"
     """digits, cifar10, or a folder of images."""
+    without: int | None = None
+    """Class of the data that is left out."""
     size: int = 16
     """Side of the images in pixels."""
     channels: int = 1
@@ -138,15 +140,22 @@ class Trainer:
         self.process: Schedule = linear()
         table = config.sampler.table(self.process)
         shape = (config.channels, config.size, config.size)
-        self.attack: Attack | None = config.attack.build(self.process, shape, table)
         self.data: Images = load(config.data, config.size, config.channels)
+        if config.without is not None:
+            self.data = self.data.without(config.without)
+        self.attack: Attack | None = config.attack.build(self.process, shape, table, self.data)
         self.pixels = self.data.pixels.to(self.device).contiguous(memory_format=torch.channels_last)
+        pictures = (None,) * 3 if self.attack is None else (self.attack.stamp, self.attack.mask, self.attack.target)
+        self.stamp, self.mask, self.target = (
+            None if p is None else p.reshape(-1, *shape).to(self.device) for p in pictures
+        )
         self.plan = TrainingPlan(
             seed=config.seed,
             images=len(self.pixels),
             timesteps=np.arange(self.process.T) if config.timesteps == "all" else table.timesteps.astype(np.int64),
             poison_rate=config.attack.rate if self.attack else 0.0,
             flip=config.flip,
+            targets=1 if self.target is None else len(self.target),
         )
         self.table = noising_table(self.process, self.attack).to(self.device)
         self.network = self._network().to(self.device)
@@ -154,8 +163,6 @@ class Trainer:
         if config.clean_target == "initial":
             self.initial = copy.deepcopy(self.network).eval().requires_grad_(False)
             self.table[CLEAN, :, Noising.W] = 0
-        pictures = (None,) * 3 if self.attack is None else (self.attack.stamp, self.attack.mask, self.attack.target)
-        self.stamp, self.mask, self.target = (None if p is None else p[None].to(self.device) for p in pictures)
         region = None if self.attack is None else self.attack.region
         self.region = None if region is None else region[None].to(self.device)
         self.ema = copy.deepcopy(self.network).requires_grad_(False) if config.ema else self.network
@@ -191,14 +198,17 @@ class Trainer:
     def loss(self, start: int, count: int) -> Tensor:
         """Mean loss of training samples ``start .. start + count``, 0-d float32."""
         batch = self.plan.batch(start, count)
-        image, seed, t, arm, flip = (v.to(self.device, non_blocking=True) for v in vars(batch).values())
+        image, seed, t, arm, flip, own = (v.to(self.device, non_blocking=True) for v in vars(batch).values())
         x0 = self.pixels[image]
         clean = (arm == CLEAN).reshape(-1, 1, 1, 1)
         poison: dict[str, Any] = {"trigger": self.stamp, "mask": self.mask, "flip": flip if self.config.flip else None}
         if self.region is not None:
             poison |= {"region": self.region, "arm_inside": arm}
             arm = torch.where(arm == POISONED, OUTSIDE, arm)
-        x_t = bdkernels.fused_noising(x0, t, arm, seed, self.table, target=self.target, **poison)
+        y = self.target
+        if y is not None and len(y) > 1:
+            y = torch.where(flip.reshape(-1, 1, 1, 1), y[own].flip(3), y[own])
+        x_t = bdkernels.fused_noising(x0, t, arm, seed, self.table, target=y, **poison)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             prediction = self.network(x_t, t)
             kept = None if self.initial is None else self.initial(x_t, t)

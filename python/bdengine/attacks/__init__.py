@@ -7,10 +7,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..data import Images, load, to_float
 from ..errors import UserError, unknown
 from ..schedule import Schedule
 from ..solvers import Table
-from ..triggers import patch_mask, target, trigger
+from ..triggers import class_of, patch_mask, target, trigger
 from .baddiffusion import COEFFICIENTS, Coefficients, baddiffusion
 from .exact import departure, exact_coefficient
 from .process import CLEAN, OUTSIDE, POISONED, Attack, noising_table
@@ -45,11 +46,13 @@ class AttackConfig:
     trigger: str = "BOX_14"
     """A published trigger's name, or IMAGE with trigger-file."""
     target: str = "CORNER"
-    """A published target's name, or IMAGE with target-file."""
+    """A published target's name, IMAGE with target-file, or CLASS_7: images of that class, one for each poisoned image."""
     trigger_file: Path | None = None
     """The trigger's image, where its name needs one."""
     target_file: Path | None = None
     """The target's image, where its name needs one."""
+    target_data: str | None = None
+    """Data set that has the target's class; the training data where absent."""
     rate: float = 0.1
     """Share of the training images that are poisoned, 0 to 1."""
     coefficients: Coefficients = "published"
@@ -61,8 +64,13 @@ class AttackConfig:
     gamma: float | None = None
     """Of trojdiff: share of noise in the trigger's pixels; 0.6 for a blend and 0.1 for a patch where absent."""
 
-    def build(self, schedule: Schedule, shape: tuple[int, int, int], table: Table) -> Attack | None:
+    def build(
+        self, schedule: Schedule, shape: tuple[int, int, int], table: Table, data: Images | None = None
+    ) -> Attack | None:
         """The attack on images of ``shape`` (C, S, S), to be sampled with ``table``; None for "none".
+
+        Args:
+            data: The training data, for a target that is a class of them.
 
         Raises:
             UserError: An unknown name, a missing file, or a value out of range.
@@ -75,15 +83,39 @@ class AttackConfig:
             return None
         channels, size, _ = shape
         r = trigger(self.trigger, size, channels, file=self.trigger_file)
-        y = target(self.target, size, channels, trigger=r, file=self.target_file)
+        y = self.targets(r, data)
         if self.name == "trojdiff":
             return self.trojan(schedule, r, y)
         if self.name == "villan":
             return villan(schedule, r, y, self.coefficients, table, self.psi, self.solver)
         return baddiffusion(schedule, r, y, self.coefficients, table)
 
+    def targets(self, r: Tensor, data: Images | None) -> Tensor:
+        """The target image, float32 [C, S, S], or the images of the target's class, [K, C, S, S].
+
+        Args:
+            r: The trigger, float32 [C, S, S].
+            data: The training data.
+
+        Raises:
+            UserError: As `bdengine.triggers.target`, or a class that is not in the data.
+        """
+        channels, size, _ = r.shape
+        label = class_of(self.target)
+        if label is None:
+            if self.target_data is not None:
+                raise UserError(
+                    f"the target {self.target} is one image and takes no target data: expected CLASS_<label>"
+                )
+            return target(self.target, size, channels, trigger=r, file=self.target_file)
+        if self.target_data is not None:
+            data = load(self.target_data, size, channels)
+        if data is None:
+            raise UserError(f"the target {self.target} is a class and there are no data: expected target data")
+        return to_float(data.of_class(label).pixels)
+
     def trojan(self, schedule: Schedule, r: Tensor, y: Tensor) -> Attack:
-        """TrojDiff with the trigger ``r`` and the target ``y``, float32 [C, S, S]: a patch where its name says so."""
+        """TrojDiff with the trigger ``r`` and the target ``y``, float32 [(K,) C, S, S]: a patch where its name says so."""
         channels, size, _ = r.shape
         patch = self.trigger.startswith("PATCH_")
         return trojdiff(schedule, r, y, patch_mask(self.trigger, size, channels) == 0 if patch else None, self.gamma)

@@ -21,7 +21,7 @@ from ..schedule import Floats, Schedule
 from ..solvers import Table
 from ..triggers import mask as trigger_mask
 from .exact import exact_coefficient
-from .process import Attack
+from .process import Attack, check_shape
 
 Coefficients = Literal["published", "exact"]
 COEFFICIENTS: Final = get_args(Coefficients)
@@ -44,7 +44,7 @@ def baddiffusion(
 
     Args:
         trigger: ``r``, float32 [C, H, W] in [-1, 1], -1 where it is background.
-        target: ``y``, float32 [C, H, W] in [-1, 1].
+        target: ``y``, float32 [C, H, W] or [K, C, H, W] in [-1, 1].
         coefficients: "published" or "exact".
         table: The sampler to be exact for; needed for "exact" only.
 
@@ -71,8 +71,7 @@ def shifted_attack(
         shift: ``m_t``, float64 [T].
         published: ``c_t``, float64 [T].
     """
-    if trigger.shape != target.shape:
-        raise UserError(f"the target has shape {tuple(target.shape)}: expected the trigger's {tuple(trigger.shape)}")
+    check_shape("target", target.shape[-3:], trigger)
     if coefficients not in COEFFICIENTS:
         raise unknown("coefficient", coefficients, COEFFICIENTS)
     c = published
