@@ -17,6 +17,7 @@ from .exact import departure, exact_coefficient
 from .process import CLEAN, OUTSIDE, POISONED, Attack, noising_table
 from .trojdiff import trojdiff
 from .villan import Solver, villan
+from .villan_ve import exact_exploding, villan_ve
 
 __all__ = [
     "ATTACKS",
@@ -29,9 +30,11 @@ __all__ = [
     "baddiffusion",
     "departure",
     "exact_coefficient",
+    "exact_exploding",
     "noising_table",
     "trojdiff",
     "villan",
+    "villan_ve",
 ]
 
 ATTACKS = ("none", "baddiffusion", "villan", "trojdiff")
