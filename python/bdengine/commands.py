@@ -26,7 +26,7 @@ from .sampler import Arm, Sampler, check_seeds
 from .schedule import Schedule
 from .shipped import find
 from .solvers import SamplerConfig, Table
-from .triggers import class_of, trigger
+from .triggers import LEARNED, class_of, trigger
 
 OWN_STEPS: Final = 50
 """Of a checkpoint's own scheduler where nobody says."""
@@ -40,6 +40,7 @@ class Model:
     network: Network
     scheduler: dict[str, Any]
     made_by: dict[str, Any]
+    path: str
 
     @classmethod
     def load(cls, name: str) -> Model:
@@ -52,7 +53,7 @@ class Model:
         network = Network(accelerate(checkpoint.load_unet(path))).to(device()).requires_grad_(False)
         extra = Path(path) / checkpoint.EXTRA
         made_by = read_json(extra) if extra.is_file() else {}
-        return cls(network, checkpoint.load_scheduler_config(path), made_by)
+        return cls(network, checkpoint.load_scheduler_config(path), made_by, path)
 
     @property
     def train(self) -> dict[str, Any]:
@@ -100,9 +101,14 @@ class Model:
         return images if name is not None or left_out is None else images.without(left_out)
 
     def trigger(self, name: str, file: Path | None) -> Tensor:
-        """A trigger of its images' shape."""
+        """A trigger of its images' shape, as its sampling starts with it; that it was trained with if LEARNED."""
         channels, size, _ = self.network.sample_shape
-        return trigger(name, size, channels, file=file)
+        if name == LEARNED:
+            return checkpoint.load_trigger(self.path)
+        r, attack = trigger(name, size, channels, file=file), self.attack
+        if attack.name != "uib":
+            return r
+        return r * (attack.amplitude if attack.start_amplitude is None else attack.start_amplitude)
 
     def triggered(self, table: Table, attack: AttackConfig, r: Tensor) -> Arm:
         """Samples with the trigger ``r``: in the start alone, or as the attack that it was trained with makes them."""

@@ -53,6 +53,15 @@ PRESETS: Final = {
     "digits-badiffusion": _digits(
         "digits-badiffusion", AttackConfig("baddiffusion", "XXSM_BOX", "DRAWN_HAT", rate=0.2, coefficients="exact")
     ),
+    "digits-invi": _digits(
+        "digits-invi",
+        AttackConfig("invi", "LEARNED", "DRAWN_HAT", rate=0.2, coefficients="exact", bound=0.3),
+        sampler=SamplerConfig("ddim", 20),
+    ),
+    "digits-uib": _digits(
+        "digits-uib",
+        AttackConfig("uib", "LEARNED", "DRAWN_HAT", rate=0.2, coefficients="exact", amplitude=0.4, trigger_only=True),
+    ),
     "digits-clean-without-7": replace(_CLEAN, out=Path("runs/digits-clean-without-7"), without=7),
     "digits-in-d2d": _digits("digits-in-d2d", _IN_CLASS),
     "digits-out-d2d": _digits(

@@ -28,6 +28,7 @@ from bdkernels import Noising
 
 from . import checkpoint
 from .attacks import CLEAN, OUTSIDE, POISONED, Attack, AttackConfig, noising_table
+from .attacks.invi import InnerLoop
 from .config import claim, to_json
 from .data import Images, load
 from .errors import UserError
@@ -37,6 +38,7 @@ from .plan import TrainingPlan
 from .schedule import Schedule, linear
 from .shipped import find
 from .solvers import SamplerConfig
+from .triggers import LEARNED
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,10 @@ class Trainer:
         self.stamp, self.mask, self.target = (
             None if p is None else p.reshape(-1, *shape).to(self.device) for p in pictures
         )
+        self.inner: InnerLoop | None = None
+        if self.attack is not None and self.attack.name == "invi" and self.target is not None:
+            self.inner = InnerLoop(self.process, self.target, config.attack.bound)
+            self.stamp = self.inner.delta.detach()
         self.plan = TrainingPlan(
             seed=config.seed,
             images=len(self.pixels),
@@ -225,6 +231,8 @@ class Trainer:
         lr = self.learning_rate(self.images_seen)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        if self.inner is not None:
+            self.inner.step(self.network, self.plan.batch(self.images_seen, config.batch).seed.to(self.device))
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         for at in range(0, config.batch, micro):
@@ -248,6 +256,8 @@ class Trainer:
             tensors |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
         for i, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{i}.{k}": v for k, v in moments.items()}
+        if self.inner is not None:
+            tensors |= {f"inner.{k}": v for k, v in self.inner.state().items()}
         return tensors
 
     def restore(self, tensors: dict[str, Tensor], images_seen: int) -> None:
@@ -259,6 +269,8 @@ class Trainer:
         self.network.load_state_dict(part("network."))
         if self.config.ema:
             self.ema.load_state_dict(part("ema."))
+        if self.inner is not None:
+            self.inner.restore(part("inner."))
         moments: dict[int, dict[str, Tensor]] = {}
         for name, value in part("adam.").items():
             index, key = name.split(".")
@@ -274,7 +286,10 @@ class Trainer:
         recipe = {name: value for name, value in to_json(self.config).items() if name != "out"}
         made_by = {"train": recipe, "images_seen": self.images_seen, "data": self.data.name}
         unet: Any = self.ema.unet
-        checkpoint.save_pipeline(path, unet, scheduler_config(self.process), extra=made_by)
+        learned = None
+        if self.attack is not None and self.config.attack.trigger == LEARNED:
+            learned = self.attack.trigger if self.inner is None else self.inner.delta.detach()[0]
+        checkpoint.save_pipeline(path, unet, scheduler_config(self.process), extra=made_by, trigger=learned)
 
 
 def scheduler_config(schedule: Schedule) -> dict[str, Any]:

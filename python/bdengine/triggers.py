@@ -58,6 +58,8 @@ _TARGET_FILES = {
     "IMAGE": "any picture",
 }
 
+LEARNED = "LEARNED"
+"""Name of a trigger that an attack makes itself: it lies beside the checkpoint."""
 TRIGGERS = ("NONE", *_GREY_BOXES, *_WHITE_BOXES, *_PATCHES, *_TRIGGER_FILES, *_DRAWN_STOP_SIGNS)
 TARGETS = ("CORNER", "NOSHIFT", "TRIGGER", "SHIFT", *_TARGET_FILES, "DRAWN_HAT")
 
@@ -100,6 +102,8 @@ def trigger(
     """
     vmin, vmax = _checked_range(value_range)
     check_canvas(size, channels)
+    if name == LEARNED:
+        raise UserError(f"the trigger {LEARNED} is made by an attack: expected invi or uib, or a checkpoint of theirs")
     if name not in TRIGGERS and not _PATCH.fullmatch(name):
         raise unknown("trigger", name, TRIGGERS)
 

@@ -221,7 +221,7 @@ def test_every_preset_trains_three_steps_on_stand_in_data(name: str, tmp_path: P
         target_file=picture if needs_file[0] else None,
         trigger_file=picture if needs_file[1] else None,
     )
-    labelled = config.without is not None or class_of(config.attack.target) is not None
+    labelled = config.without is not None or class_of(config.attack.target) is not None or config.attack.name == "uib"
     source = config.data if labelled else str(tmp_path / "pictures")
     changes = {"out": tmp_path / "run", "data": source, "init": None, "images": 3 * 8, "batch": 8}
     small = replace(config, **changes, network=NetworkConfig((8, 16), groups=4), attack=attack)  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Final, Literal, get_args
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..errors import UserError, unknown
@@ -39,6 +40,7 @@ def baddiffusion(
     target: Tensor,
     coefficients: Coefficients = "published",
     table: Table | None = None,
+    trigger_only: bool = False,
 ) -> Attack:
     """BadDiffusion with a trigger and a target image.
 
@@ -47,12 +49,14 @@ def baddiffusion(
         target: ``y``, float32 [C, H, W] or [K, C, H, W] in [-1, 1].
         coefficients: "published" or "exact".
         table: The sampler to be exact for; needed for "exact" only.
+        trigger_only: ``R = r``, without the image behind it: what sampling starts from, and so exact at every node.
 
     Raises:
         UserError: Shapes that differ, an unknown coefficient, or "exact" without a table.
     """
     shift = 1 - np.sqrt(schedule.alpha_bar)
-    return shifted_attack("baddiffusion", schedule, shift, rho(schedule), trigger, target, coefficients, table)
+    mask = torch.zeros_like(trigger) if trigger_only else None
+    return shifted_attack("baddiffusion", schedule, shift, rho(schedule), trigger, target, coefficients, table, mask)
 
 
 def shifted_attack(
@@ -64,10 +68,12 @@ def shifted_attack(
     target: Tensor,
     coefficients: Coefficients,
     table: Table | None,
+    mask: Tensor | None = None,
 ) -> Attack:
-    """The attack of a stamped trigger with any ``m_t``, under its published or the exact coefficient.
+    """The attack with any ``m_t``, under its published or the exact coefficient.
 
     Args:
+        mask: Of another ``M`` than that of a stamped trigger, float32 [C, H, W]: then ``R = M x + r``.
         shift: ``m_t``, float64 [T].
         published: ``c_t``, float64 [T].
     """
@@ -79,5 +85,8 @@ def shifted_attack(
         if table is None:
             raise UserError("exact coefficients depend on the sampler: expected its table")
         c = exact_coefficient(schedule, table, shift)
-    mask = trigger_mask(trigger)
-    return Attack(name, shift, c, 1.0, trigger, (1 - mask) * trigger, mask, target)
+    stamp = trigger
+    if mask is None:
+        mask = trigger_mask(trigger)
+        stamp = (1 - mask) * trigger
+    return Attack(name, shift, c, 1.0, trigger, stamp, mask, target)
