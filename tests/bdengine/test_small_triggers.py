@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import bdkernels
@@ -110,7 +109,8 @@ def test_the_inner_loop_finds_the_trigger_of_a_backdoored_network() -> None:
         inner.step(network, torch.arange(at, at + 16))
     assert float(inner.delta.detach().abs().max()) <= 0.08
     assert float(inner.effect(network, held_out).detach()) < 0.85 * before
-    assert float(F.cosine_similarity(inner.delta.detach().flatten(), r.flatten(), dim=0)) > 0.5
+    found = torch.stack([inner.delta.detach().flatten(), r.flatten()])
+    assert float(torch.corrcoef(found)[0, 1]) > 0.9  # beside its mean, which leads away from the dark clean images
 
 
 def test_training_learns_the_trigger_and_a_resumed_run_the_same(tmp_path: Path) -> None:
