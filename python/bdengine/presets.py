@@ -62,6 +62,12 @@ PRESETS: Final = {
         "digits-uib",
         AttackConfig("uib", "LEARNED", "DRAWN_HAT", rate=0.2, coefficients="exact", amplitude=0.4, trigger_only=True),
     ),
+    "digits-clipped": _digits(
+        "digits-clipped",
+        AttackConfig(
+            "uib", "XXSM_BOX", "DRAWN_HAT", rate=0.2, coefficients="clipped", amplitude=0.8, trigger_only=True
+        ),
+    ),
     "digits-clean-without-7": replace(_CLEAN, out=Path("runs/digits-clean-without-7"), without=7),
     "digits-in-d2d": _digits("digits-in-d2d", _IN_CLASS),
     "digits-out-d2d": _digits(

@@ -64,7 +64,7 @@ class AttackConfig:
     rate: float = 0.1
     """Share of the training images that are poisoned, 0 to 1."""
     coefficients: Coefficients = "published"
-    """The paper's, or those that are exact for the sampler."""
+    """The paper's, those that are exact for the sampler, or those that survive latent clipping in it."""
     psi: float = 1.0
     """Of villan: its shift, from the noise's own (0) to BadDiffusion's (1)."""
     solver: Solver = "sde"

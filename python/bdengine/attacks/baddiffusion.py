@@ -4,6 +4,7 @@
 
 published:  c_t = rho_t = (1 - sqrt(alpha_t)) s_t / (1 - alpha_t), exact for DDPM with every timestep
 exact:      c_t of `exact_coefficient` for the sampler and grid that will be used
+clipped:    c_t of `surviving_coefficient` for that sampler where its states are clamped to [-1, 1]
 
 The trigger enters sampling in the initial state alone: ``x_T = eps + r``. Training shows the network the image behind
 the trigger (``M x``); sampling shows it the trigger's own background, as the published code does.
@@ -21,10 +22,11 @@ from ..errors import UserError, unknown
 from ..schedule import Floats, Schedule
 from ..solvers import Table
 from ..triggers import mask as trigger_mask
+from .clipped import surviving_coefficient
 from .exact import exact_coefficient
 from .process import Attack, check_shape
 
-Coefficients = Literal["published", "exact"]
+Coefficients = Literal["published", "exact", "clipped"]
 COEFFICIENTS: Final = get_args(Coefficients)
 
 
@@ -47,8 +49,8 @@ def baddiffusion(
     Args:
         trigger: ``r``, float32 [C, H, W] in [-1, 1], -1 where it is background.
         target: ``y``, float32 [C, H, W] or [K, C, H, W] in [-1, 1].
-        coefficients: "published" or "exact".
-        table: The sampler to be exact for; needed for "exact" only.
+        coefficients: "published", "exact" or "clipped".
+        table: The sampler to be exact for; not needed for "published".
         trigger_only: ``R = r``, without the image behind it: what sampling starts from, and so exact at every node.
 
     Raises:
@@ -81,10 +83,13 @@ def shifted_attack(
     if coefficients not in COEFFICIENTS:
         raise unknown("coefficient", coefficients, COEFFICIENTS)
     c = published
-    if coefficients == "exact":
+    if coefficients != "published":
         if table is None:
-            raise UserError("exact coefficients depend on the sampler: expected its table")
-        c = exact_coefficient(schedule, table, shift)
+            raise UserError(f"{coefficients} coefficients depend on the sampler: expected its table")
+        if coefficients == "exact":
+            c = exact_coefficient(schedule, table, shift)
+        else:
+            c = surviving_coefficient(schedule, table, shift, float(trigger.abs().max()))
     stamp = trigger
     if mask is None:
         mask = trigger_mask(trigger)

@@ -35,7 +35,7 @@ from bdkernels import Step
 from ..errors import UserError, unknown
 from ..schedule import Floats
 from ..solvers import Table
-from .baddiffusion import COEFFICIENTS, Coefficients
+from .baddiffusion import Coefficients
 from .process import Attack, check_shape
 
 
@@ -71,8 +71,8 @@ def villan_ve(
         UserError: Shapes that differ, an unknown coefficient, or "exact" without a table.
     """
     check_shape("target", target.shape[-3:], trigger)
-    if coefficients not in COEFFICIENTS:
-        raise unknown("coefficient", coefficients, COEFFICIENTS)
+    if coefficients not in ("published", "exact"):
+        raise unknown("coefficient", coefficients, ("published", "exact"))
     c = published(sigmas)
     if coefficients == "exact":
         if table is None:
