@@ -16,10 +16,17 @@ the clamp brings it onto the path:
 Since ``c`` is what a row takes away, the one that survives is below the exact one, and far below 0 where steps are short (-4
 for DDPM with 100, -45 with 1,000: clean samples that come near are then drawn in). ``F`` never reaches 1, so ``rho`` must stay
 below it: a white box on black cannot survive. ``s`` is the unclamped noise's, the most that there can be, so the share stays a
-little above the path. Without the clip it goes further above: 20 steps trigger all the same, 100 half of the time.
+little above the path. On the closed-form network
+0 of 64 clipped samples of DDPM become 63; unclipped, where the share goes further above, 20 steps trigger all the same and 100
+half of the time. A clamp of ``x0`` still stops it.
 
-On the closed-form network 0 of 64 clipped samples of DDPM become 63; a clamp of ``x0`` still stops it. A trained network has
-to be shown clamped states to act as that one does on them, which is not done here: this is what the table allows.
+A trained network needs no clamped states for it. Of digits, 25,600 images, one seed, DDPM with 20 steps, 128 samples each:
+
+                 unclipped    latent clip    x0 clip    clean samples
+    exact        0.97         0.00           0.00       0.00
+    this one     0.00         0.99           0.01       0.00
+
+so that the defense becomes a condition of the attack, and a model that passes without it is not cleared.
 """
 
 from __future__ import annotations
