@@ -31,6 +31,7 @@ __all__ = [
     "digest",
     "load_scheduler_config",
     "load_state",
+    "load_trigger",
     "load_unet",
     "read_json",
     "read_safetensors",
@@ -44,11 +45,13 @@ __all__ = [
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 EXTRA = "bdengine.json"
+TRIGGER = "trigger.safetensors"
+"""A trigger that was made in training."""
 PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
 
-_LAYOUT = ("model_index.json", "unet", "scheduler", EXTRA)
+_LAYOUT = ("model_index.json", "unet", "scheduler", EXTRA, TRIGGER)
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_HUB_FILES = ["*.json", WEIGHTS, f"unet/{WEIGHTS}"]
+_HUB_FILES = ["*.json", WEIGHTS, f"unet/{WEIGHTS}", TRIGGER]
 _STATE = "bdengine.state"
 
 # Attention layers as diffusers named them before 0.15, which the published CIFAR-10 weights still do.
@@ -83,6 +86,21 @@ def load_unet(path: str | Path) -> UNet2DModel:
     return unet.eval()
 
 
+def load_trigger(path: str | Path) -> Tensor:
+    """The trigger that lies beside a checkpoint, float32 [C, H, W].
+
+    Raises:
+        UserError: There is none, or it is no such file.
+    """
+    file = _folder(path) / TRIGGER
+    if not file.is_file():
+        raise UserError(f"{path} has no {TRIGGER}: expected a checkpoint whose trigger was made in training")
+    tensors = read_safetensors(file)[0]
+    if list(tensors) != ["trigger"] or tensors["trigger"].dim() != 3:
+        raise UserError(f"{file} holds {', '.join(tensors) or 'nothing'}: expected a trigger, [C, H, W]")
+    return tensors["trigger"].float()
+
+
 def load_scheduler_config(path: str | Path) -> dict[str, Any]:
     """The scheduler's configuration in a checkpoint: betas, prediction type, class name, as its JSON has them.
 
@@ -97,7 +115,12 @@ def load_scheduler_config(path: str | Path) -> dict[str, Any]:
 
 
 def save_pipeline(
-    path: Path, unet: UNet2DModel, scheduler_config: Mapping[str, Any], *, extra: Mapping[str, Any] | None = None
+    path: Path,
+    unet: UNet2DModel,
+    scheduler_config: Mapping[str, Any],
+    *,
+    extra: Mapping[str, Any] | None = None,
+    trigger: Tensor | None = None,
 ) -> None:
     """Writes a folder that stock ``DDPMPipeline.from_pretrained`` opens; an older checkpoint there is replaced whole.
 
@@ -107,6 +130,7 @@ def save_pipeline(
         scheduler_config: What the scheduler is made from; ``_class_name`` names a diffusers scheduler, by default
             ``DDPMScheduler``.
         extra: What to add as ``bdengine.json``: how the model was made, say.
+        trigger: One that was made in training, to add as ``trigger.safetensors``.
 
     Raises:
         UserError: No such scheduler, other files in the folder, or the system refused a write; an older checkpoint is
@@ -134,6 +158,8 @@ def save_pipeline(
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
         (folder / "unet" / WEIGHTS).write_bytes(_packed(unet.state_dict(), {"format": "pt"}))
+        if trigger is not None:
+            (folder / TRIGGER).write_bytes(_packed({"trigger": trigger}, None))
 
 
 def save_state(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:

@@ -14,9 +14,9 @@ from .accelerate import accelerate
 from .attacks import AttackConfig
 from .cli import EvaluateConfig, SampleConfig, device, seeds_of
 from .config import claim, from_json, to_json
-from .data import load
+from .data import Images, load
 from .errors import UserError
-from .evaluate import Reference, sample_arms, score_arms
+from .evaluate import ClassTarget, Reference, sample_arms, score_arms
 from .extractors import DigitFeatures, Extractor, InceptionFeatures
 from .files import read_json, write_json
 from .metrics import check_threshold
@@ -26,7 +26,7 @@ from .sampler import Arm, Sampler, check_seeds
 from .schedule import Schedule
 from .shipped import find
 from .solvers import SamplerConfig, Table
-from .triggers import target, trigger
+from .triggers import LEARNED, class_of, trigger
 
 OWN_STEPS: Final = 50
 """Of a checkpoint's own scheduler where nobody says."""
@@ -40,6 +40,7 @@ class Model:
     network: Network
     scheduler: dict[str, Any]
     made_by: dict[str, Any]
+    path: str
 
     @classmethod
     def load(cls, name: str) -> Model:
@@ -52,7 +53,7 @@ class Model:
         network = Network(accelerate(checkpoint.load_unet(path))).to(device()).requires_grad_(False)
         extra = Path(path) / checkpoint.EXTRA
         made_by = read_json(extra) if extra.is_file() else {}
-        return cls(network, checkpoint.load_scheduler_config(path), made_by)
+        return cls(network, checkpoint.load_scheduler_config(path), made_by, path)
 
     @property
     def train(self) -> dict[str, Any]:
@@ -92,10 +93,22 @@ class Model:
         sampler = replace(recorded, **{field: value for field, value in changes.items() if value is not None})
         return sampler.table(Schedule.from_config(self.scheduler)), to_json(sampler)
 
-    def trigger(self, name: str, file: Path | None) -> Tensor:
-        """A trigger of its images' shape."""
+    def data(self, name: str | None) -> Images:
+        """A data set at its images' size; what it was trained on where ``name`` is None, digits where nobody says."""
         channels, size, _ = self.network.sample_shape
-        return trigger(name, size, channels, file=file)
+        images = load(name or self.train.get("data", "digits"), size, channels)
+        left_out = self.train.get("without")
+        return images if name is not None or left_out is None else images.without(left_out)
+
+    def trigger(self, name: str, file: Path | None) -> Tensor:
+        """A trigger of its images' shape, as its sampling starts with it; that it was trained with if LEARNED."""
+        channels, size, _ = self.network.sample_shape
+        if name == LEARNED:
+            return checkpoint.load_trigger(self.path)
+        r, attack = trigger(name, size, channels, file=file), self.attack
+        if attack.name != "uib":
+            return r
+        return r * (attack.amplitude if attack.start_amplitude is None else attack.start_amplitude)
 
     def triggered(self, table: Table, attack: AttackConfig, r: Tensor) -> Arm:
         """Samples with the trigger ``r``: in the start alone, or as the attack that it was trained with makes them."""
@@ -139,6 +152,21 @@ def sample(config: SampleConfig) -> int:
     return 0
 
 
+def _goal(names: AttackConfig, r: Tensor, data: Images, extractor: Extractor) -> Tensor | ClassTarget:
+    """What triggered samples are held against."""
+    label = class_of(names.target)
+    if label is None:
+        return names.targets(r, data)
+    if names.target_data is not None:
+        channels, size, _ = r.shape
+        data = load(names.target_data, size, channels)
+    if not data.name.startswith("digits"):
+        raise UserError(
+            f"the target {names.target} is a class of {data.name!r} and only digits have a classifier: expected digits"
+        )
+    return ClassTarget(label, Reference.of(data.of_class(label), extractor))
+
+
 def _extractor(name: str) -> Extractor:
     return DigitFeatures() if name == "digits" else InceptionFeatures(Path(name))
 
@@ -149,7 +177,6 @@ def evaluate(config: EvaluateConfig) -> int:
         raise UserError(f"{config.images} images were asked for: expected at least 1")
     check_threshold(config.threshold)
     model = Model.load(config.checkpoint)
-    channels, size, _ = model.network.sample_shape
     attack = model.attack
     names = replace(
         attack,
@@ -161,9 +188,9 @@ def evaluate(config: EvaluateConfig) -> int:
     if attack.name == "none" and not (config.trigger and config.target):
         raise UserError(f"{config.checkpoint} does not say how it was attacked: expected --trigger and --target")
     r = model.trigger(names.trigger, names.trigger_file)
-    y = target(names.target, size, channels, trigger=r, file=names.target_file)
-    data = load(config.data or model.train.get("data", "digits"), size, channels)
+    data = model.data(config.data)
     reference = Reference.of(data, _extractor(config.extractor))
+    y = _goal(names, r, data, reference.extractor)
     table, sampler = model.table(config)
     triggered = model.triggered(table, names, r)
     arms, speed = sample_arms(
@@ -172,7 +199,7 @@ def evaluate(config: EvaluateConfig) -> int:
     scores = {
         "source": Path(config.checkpoint).name,
         "arms": score_arms(arms, y, reference, config.threshold),
-        "asr_threshold": config.threshold,
+        **({"asr_class": y.label} if isinstance(y, ClassTarget) else {"asr_threshold": config.threshold}),
         "images_per_second": {"sampling": speed},
         "run": {
             **{name: value for name, value in to_json(config).items() if name != "out"},

@@ -65,6 +65,34 @@ class Images:
     def __len__(self) -> int:
         return self.pixels.shape[0]
 
+    def of_class(self, label: int) -> Images:
+        """The images of one class.
+
+        Raises:
+            UserError: There are no labels, or none that is this one.
+        """
+        return self._kept(self._labelled(label), f"{self.name}-{label}")
+
+    def without(self, label: int) -> Images:
+        """The images of all other classes.
+
+        Raises:
+            UserError: There are no labels, none that is this one, or no other.
+        """
+        return self._kept(~self._labelled(label), f"{self.name}-without-{label}")
+
+    def _labelled(self, label: int) -> Tensor:
+        if self.labels is None:
+            raise UserError(f"the images of {self.name!r} have no labels: expected some, as the digits have")
+        known = self.labels.unique().tolist()
+        if label not in known:
+            nearest = min(known, key=lambda one: abs(one - label))
+            raise UserError(f"no image of {self.name!r} has the label {label}: the nearest label is {nearest}")
+        return self.labels == label
+
+    def _kept(self, which: Tensor, name: str) -> Images:
+        return Images(self.pixels[which], None if self.labels is None else self.labels[which], name)
+
 
 def load(source: str, size: int, channels: int, *, limit: int | None = None) -> Images:
     """The images of a source, at one size, always in the same order.

@@ -14,6 +14,7 @@ from . import metrics
 from .arms import Arm
 from .data import Images, to_float
 from .defenses import clipping
+from .digits import classify
 from .extractors import Extractor
 from .metrics import FrechetStatistics
 from .networks import Network
@@ -58,6 +59,26 @@ class Reference:
         }
 
 
+@dataclass(frozen=True, eq=False)
+class ClassTarget:
+    """A target that is a class of digits: success is what the shipped classifier takes for one (held-out accuracy 0.988).
+
+    Attributes:
+        label: The class.
+        images: Its real images.
+    """
+
+    label: int
+    images: Reference
+
+    def score(self, images: Tensor) -> dict[str, Any]:
+        """Share of ``images`` that are taken for the class, and k-NN precision among its real ones (TrojDiff's A-Prec)."""
+        return {
+            "asr": (classify(images).argmax(1) == self.label).double().mean().item(),
+            "target_precision": metrics.precision(self.images.features, self.images.extractor(images)),
+        }
+
+
 def sample_arms(
     network: Network,
     clean: Arm,
@@ -77,17 +98,25 @@ def sample_arms(
     return dict(zip(arms, images.values(), strict=True)), speed
 
 
-def score_arms(arms: Arms, target: Tensor, reference: Reference, threshold: float) -> dict[str, dict[str, Any]]:
+def score_arms(
+    arms: Arms, target: Tensor | ClassTarget, reference: Reference, threshold: float
+) -> dict[str, dict[str, Any]]:
     """``scores[start][clip]``: how near the images are to ``target``, and to the reference's real ones.
 
-    MSE, SSIM, ASR (share with MSE below ``threshold``) and the LPIPS-like distance to the target; `Reference.score`.
+    Of an image: MSE, SSIM, ASR (share with MSE below ``threshold``) and the LPIPS-like distance; `ClassTarget.score` of a
+    class, whose share among clean samples is what the triggered one compares with. Then `Reference.score`.
     """
     scores: dict[str, dict[str, Any]] = {}
     for (start, clip), images in arms.items():
-        scores.setdefault(start, {})[clip] = {
-            "mse": float(metrics.mse(images, target).mean()),
-            "ssim": metrics.ssim(images, target),
-            "asr": metrics.attack_success(images, target, threshold),
-            "perceptual": float(metrics.perceptual(images, target, reference.extractor).mean()),
-        } | reference.score(images)
+        near = target.score(images) if isinstance(target, ClassTarget) else _near(images, target, reference, threshold)
+        scores.setdefault(start, {})[clip] = near | reference.score(images)
     return scores
+
+
+def _near(images: Tensor, target: Tensor, reference: Reference, threshold: float) -> dict[str, Any]:
+    return {
+        "mse": float(metrics.mse(images, target).mean()),
+        "ssim": metrics.ssim(images, target),
+        "asr": metrics.attack_success(images, target, threshold),
+        "perceptual": float(metrics.perceptual(images, target, reference.extractor).mean()),
+    }

@@ -109,7 +109,7 @@ class Oracle(nn.Module):
         attack: The backdoor; its ``gamma`` is above 0. The mask's image is independent of a random target.
         poison_rate: Share of poisoned training items, 0 to 1: 1/11 where one is appended to every ten clean ones.
         prediction: What the network returns; where None what the schedule says, and "epsilon" with `Exploding`.
-        target_data: Law of the target, in the form of ``data``; ``attack.target`` alone where None.
+        target_data: Law of the target, in the form of ``data``; each image of ``attack.target`` alike where None.
         region: bool [C, H, W], where poisoned items have ``R`` and ``gamma``; elsewhere 0 and 1, but the target all the
             same. Everywhere where None.
 
@@ -163,10 +163,11 @@ class Oracle(nn.Module):
             _check_attack(attack, region, shape, len(self.nodes))
             gamma[region.reshape(-1)] = attack.gamma
             self.shift, self.coefficient = attack.shift, attack.coefficient
-            targets = [(1.0, Gaussian(attack.target))] if target_data is None else target_data
+            images = attack.target.reshape(-1, *shape)
+            targets = [(1 / len(images), Gaussian(y)) for y in images] if target_data is None else target_data
             _check_mixture("target data", targets, shape)
-            images = data if attack.mask.any() else [(1.0, nothing)]
-            shifts = [(v, _stamped(attack, region, law)) for v, law in images]
+            behind = data if attack.mask.any() else [(1.0, nothing)]
+            shifts = [(v, _stamped(attack, region, law)) for v, law in behind]
             parts += [(w * v * poison_rate, True, y, R) for w, y in targets for v, R in shifts]
         parts = [part for part in parts if part[0] > 0]
         weights, poisoned, laws, shifted = zip(*parts, strict=True)
@@ -283,10 +284,10 @@ def _check_mixture(name: str, mixture: Mixture, shape: torch.Size | None) -> tor
 
 
 def _check_attack(attack: Attack, region: Tensor, shape: torch.Size, T: int) -> None:
-    images = {"stamp": attack.stamp, "mask": attack.mask, "target": attack.target, "region": region}
-    for name, value in images.items():
-        if value.shape != shape:
-            raise UserError(f"the {name} has shape {tuple(value.shape)}: expected the data's {tuple(shape)}")
+    shapes = {"stamp": attack.stamp.shape, "mask": attack.mask.shape, "region": region.shape}
+    for name, given in (shapes | {"target": attack.target.shape[-3:]}).items():
+        if given != shape:
+            raise UserError(f"the {name} has shape {tuple(given)}: expected the data's {tuple(shape)}")
     for name, table in (("shift", attack.shift), ("coefficient", attack.coefficient)):
         if len(table) != T:
             raise UserError(f"the attack's {name} has {len(table)} entries: expected one for each of {T} timesteps")

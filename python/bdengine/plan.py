@@ -2,6 +2,7 @@
 
 pass = n // N          image = order(pass)[n mod N]          seed = mix(run seed, n)
 t = floor(w0 T / 2^32)          flip where w1 < 2^31          poisoned where w0(image) < rate 2^32
+target = floor(w1(image) K / 2^32)          of K target images, each image has its own in every pass
 """
 
 from __future__ import annotations
@@ -34,6 +35,16 @@ def poisoned(seed: int, images: Indices, rate: float) -> NDArray[np.bool_]:
     return word.astype(np.uint64) < np.uint64(round(rate * 2**32))
 
 
+def target_of(seed: int, images: Indices, targets: int) -> Indices:
+    """Which of ``targets`` target images ``images`` get where they are poisoned: a function of (seed, index, number) alone."""
+    return _below(targets, contract.words(seed, images, STREAM_POISON)[1])
+
+
+def _below(count: int, word: NDArray[np.uint32]) -> Indices:
+    """``floor(word count / 2^32)``."""
+    return (word.astype(np.uint64) * np.uint64(count) >> np.uint64(32)).astype(np.int64)
+
+
 @lru_cache(maxsize=4)
 def order(seed: int, count: int, pass_: int) -> Indices:
     """The order of ``count`` images in one pass through the data: int64 [count], a permutation."""
@@ -50,6 +61,7 @@ class Batch:
     t: Tensor
     arm: Tensor
     flip: Tensor
+    target: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +74,7 @@ class TrainingPlan:
         timesteps: int64, the timesteps to train, each as often as it stands here.
         poison_rate: Share of images that are poisoned, 0..1.
         flip: Whether half of the samples are mirrored.
+        targets: Number of target images.
     """
 
     seed: int
@@ -69,6 +82,7 @@ class TrainingPlan:
     timesteps: Indices
     poison_rate: float = 0.0
     flip: bool = False
+    targets: int = 1
 
     def batch(self, start: int, count: int) -> Batch:
         """Samples ``start .. start + count``, on the CPU."""
@@ -79,7 +93,8 @@ class TrainingPlan:
             image[here] = order(self.seed, self.images, int(pass_))[n[here] % self.images]
         seed = contract.sample_seeds(self.seed, n)
         w0, w1 = contract.seed_words(seed, STREAM_TIMESTEP)[:2]
-        t = self.timesteps[(w0.astype(np.uint64) * np.uint64(len(self.timesteps)) >> np.uint64(32)).astype(np.int64)]
+        t = self.timesteps[_below(len(self.timesteps), w0)]
         arm = poisoned(self.seed, image, self.poison_rate).astype(np.int64)
         flip = (w1 < 2**31) & self.flip
-        return Batch(*(torch.from_numpy(v) for v in (image, seed, t, arm, flip)))
+        target = target_of(self.seed, image, self.targets)
+        return Batch(*(torch.from_numpy(v) for v in (image, seed, t, arm, flip, target)))

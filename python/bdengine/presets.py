@@ -39,17 +39,39 @@ def _cifar10(name: str, trigger: str, target: str) -> TrainConfig:
     return replace(_CIFAR10, out=Path("runs") / name, attack=attack)
 
 
+def _digits(name: str, attack: AttackConfig, init: str = "digits-clean", **changes: object) -> TrainConfig:
+    run = replace(_CLEAN, out=Path("runs") / name, init=init, lr=1e-3, images=512_000, attack=attack)
+    return replace(run, **changes)  # type: ignore[arg-type]
+
+
+# A blend: in trial runs of 38,400 images at a rate of 0.3 its ASR was 0.92, where the patch of 3 pixels had not begun.
+_IN_CLASS = AttackConfig("trojdiff", "XXSM_BOX", "CLASS_7", rate=0.2)
 # The white box of 8 pixels, since digits are dark: in trial runs of 48,000 images 0 of 1,024 clean samples turned into
 # the target, against 3 with the grey one of the same size, and the ASR was 0.998 against 0.963.
 PRESETS: Final = {
     "digits-clean": _CLEAN,
-    "digits-badiffusion": replace(
-        _CLEAN,
-        out=Path("runs/digits-badiffusion"),
-        init="digits-clean",
-        lr=1e-3,
-        images=512_000,
-        attack=AttackConfig("baddiffusion", "XXSM_BOX", "DRAWN_HAT", rate=0.2, coefficients="exact"),
+    "digits-badiffusion": _digits(
+        "digits-badiffusion", AttackConfig("baddiffusion", "XXSM_BOX", "DRAWN_HAT", rate=0.2, coefficients="exact")
+    ),
+    "digits-invi": _digits(
+        "digits-invi",
+        AttackConfig("invi", "LEARNED", "DRAWN_HAT", rate=0.2, coefficients="exact", bound=0.3),
+        sampler=SamplerConfig("ddim", 20),
+    ),
+    "digits-uib": _digits(
+        "digits-uib",
+        AttackConfig("uib", "LEARNED", "DRAWN_HAT", rate=0.2, coefficients="exact", amplitude=0.4, trigger_only=True),
+    ),
+    "digits-clipped": _digits(
+        "digits-clipped",
+        AttackConfig(
+            "uib", "XXSM_BOX", "DRAWN_HAT", rate=0.2, coefficients="clipped", amplitude=0.8, trigger_only=True
+        ),
+    ),
+    "digits-clean-without-7": replace(_CLEAN, out=Path("runs/digits-clean-without-7"), without=7),
+    "digits-in-d2d": _digits("digits-in-d2d", _IN_CLASS),
+    "digits-out-d2d": _digits(
+        "digits-out-d2d", replace(_IN_CLASS, target_data="digits"), "runs/digits-clean-without-7", without=7
     ),
 } | {
     name: _cifar10(name, trigger, target)

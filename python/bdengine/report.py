@@ -228,7 +228,8 @@ def _interval(score: Metrics) -> tuple[float, float]:
 
 
 def _table(metrics: Metrics) -> tuple[list[str], list[list[str]]]:
-    threshold = _settings(metrics).get("asr_threshold")
+    settings = _settings(metrics)
+    threshold, label = settings.get("asr_threshold"), settings.get("asr_class")
     named = [("before", "clean", "none", metrics["before"])] if metrics.get("before") else []
     for source in _sources(metrics):
         for start, clips in _arms(metrics, source).items():
@@ -238,7 +239,7 @@ def _table(metrics: Metrics) -> tuple[list[str], list[list[str]]]:
         "source",
         "start",
         "clip",
-        f"ASR (MSE < {threshold:g})" if threshold else "ASR",
+        f"ASR (MSE < {threshold:g})" if threshold else "ASR" if label is None else f"ASR (class {label})",
         "MSE",
         "SSIM",
         f"Fréchet ({', '.join(extractors)}) [95 %]" if extractors else "Fréchet [95 %]",

@@ -30,6 +30,7 @@ from bdkernels import Noising
 from . import checkpoint
 from .accelerate import accelerate
 from .attacks import CLEAN, OUTSIDE, POISONED, Attack, AttackConfig, noising_table
+from .attacks.invi import InnerLoop
 from .capture import captured, check_device
 from .config import claim, to_json
 from .data import Images, load
@@ -40,6 +41,7 @@ from .plan import Batch, TrainingPlan
 from .schedule import Schedule, linear
 from .shipped import find
 from .solvers import SamplerConfig
+from .triggers import LEARNED
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class TrainConfig:
     """The run's folder; an unfinished run of the same configuration in it is resumed."""
     data: str = "digits"
     """digits, cifar10, or a folder of images."""
+    without: int | None = None
+    """Class of the data that is left out."""
     size: int = 16
     """Side of the images in pixels."""
     channels: int = 1
@@ -143,15 +147,26 @@ class Trainer:
         self.process: Schedule = linear()
         table = config.sampler.table(self.process)
         shape = (config.channels, config.size, config.size)
-        self.attack: Attack | None = config.attack.build(self.process, shape, table)
         self.data: Images = load(config.data, config.size, config.channels)
+        if config.without is not None:
+            self.data = self.data.without(config.without)
+        self.attack: Attack | None = config.attack.build(self.process, shape, table, self.data)
         self.pixels = self.data.pixels.to(self.device).contiguous(memory_format=torch.channels_last)
+        pictures = (None,) * 3 if self.attack is None else (self.attack.stamp, self.attack.mask, self.attack.target)
+        self.stamp, self.mask, self.target = (
+            None if p is None else p.reshape(-1, *shape).to(self.device) for p in pictures
+        )
+        self.inner: InnerLoop | None = None
+        if self.attack is not None and self.attack.name == "invi" and self.target is not None:
+            self.inner = InnerLoop(self.process, self.target, config.attack.bound)
+            self.stamp = self.inner.delta.detach()
         self.plan = TrainingPlan(
             seed=config.seed,
             images=len(self.pixels),
             timesteps=np.arange(self.process.T) if config.timesteps == "all" else table.timesteps.astype(np.int64),
             poison_rate=config.attack.rate if self.attack else 0.0,
             flip=config.flip,
+            targets=1 if self.target is None else len(self.target),
         )
         self.table = noising_table(self.process, self.attack).to(self.device)
         self.network = self._network().to(self.device)
@@ -159,8 +174,6 @@ class Trainer:
         if config.clean_target == "initial":
             self.initial = copy.deepcopy(self.network).eval().requires_grad_(False)
             self.table[CLEAN, :, Noising.W] = 0
-        pictures = (None,) * 3 if self.attack is None else (self.attack.stamp, self.attack.mask, self.attack.target)
-        self.stamp, self.mask, self.target = (None if p is None else p[None].to(self.device) for p in pictures)
         region = None if self.attack is None else self.attack.region
         self.region = None if region is None else region[None].to(self.device)
         self.ema = copy.deepcopy(self.network).requires_grad_(False) if config.ema else self.network
@@ -200,14 +213,17 @@ class Trainer:
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean loss of training samples on the run's device, 0-d float32."""
-        image, seed, t, arm, flip = vars(batch).values()
+        image, seed, t, arm, flip, own = vars(batch).values()
         x0 = self.pixels[image]
         clean = (arm == CLEAN).reshape(-1, 1, 1, 1)
         poison: dict[str, Any] = {"trigger": self.stamp, "mask": self.mask, "flip": flip if self.config.flip else None}
         if self.region is not None:
             poison |= {"region": self.region, "arm_inside": arm}
             arm = torch.where(arm == POISONED, OUTSIDE, arm)
-        x_t = bdkernels.fused_noising(x0, t, arm, seed, self.table, target=self.target, **poison)
+        y = self.target
+        if y is not None and len(y) > 1:
+            y = torch.where(flip.reshape(-1, 1, 1, 1), y[own].flip(3), y[own])
+        x_t = bdkernels.fused_noising(x0, t, arm, seed, self.table, target=y, **poison)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             prediction = self.network(x_t, t)
             kept = None if self.initial is None else self.initial(x_t, t)
@@ -236,6 +252,8 @@ class Trainer:
         planned = self.plan.batch(self.images_seen, config.batch)
         for buffer, value in zip(vars(self.batch).values(), vars(planned).values(), strict=True):
             buffer.copy_(value, non_blocking=True)
+        if self.inner is not None:
+            self.inner.step(self.network, self.batch.seed)
         if self.gradient is None:
             self.gradient = captured(self._gradient)
         self.gradient()
@@ -255,6 +273,8 @@ class Trainer:
             tensors |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
         for i, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{i}.{k}": v for k, v in moments.items()}
+        if self.inner is not None:
+            tensors |= {f"inner.{k}": v for k, v in self.inner.state().items()}
         return tensors
 
     def restore(self, tensors: dict[str, Tensor], images_seen: int) -> None:
@@ -266,6 +286,8 @@ class Trainer:
         self.network.load_state_dict(part("network."))
         if self.config.ema:
             self.ema.load_state_dict(part("ema."))
+        if self.inner is not None:
+            self.inner.restore(part("inner."))
         moments: dict[int, dict[str, Tensor]] = {}
         for name, value in part("adam.").items():
             index, key = name.split(".")
@@ -281,7 +303,10 @@ class Trainer:
         recipe = {name: value for name, value in to_json(self.config).items() if name != "out"}
         made_by = {"train": recipe, "images_seen": self.images_seen, "data": self.data.name}
         unet: Any = self.ema.unet
-        checkpoint.save_pipeline(path, unet, scheduler_config(self.process), extra=made_by)
+        learned = None
+        if self.attack is not None and self.config.attack.trigger == LEARNED:
+            learned = self.attack.trigger if self.inner is None else self.inner.delta.detach()[0]
+        checkpoint.save_pipeline(path, unet, scheduler_config(self.process), extra=made_by, trigger=learned)
 
 
 def scheduler_config(schedule: Schedule) -> dict[str, Any]:

@@ -43,6 +43,7 @@ _COLOURS = {
 }
 _PATCHES = tuple(f"PATCH_3_{colour}" for colour in _COLOURS)
 _PATCH = re.compile(r"PATCH_(?P<side>[0-9]{1,5})_(?P<colour>[A-Z_]+)")
+_CLASS = re.compile(r"CLASS_(?P<label>[0-9]{1,5})")
 _STOP_RED = (193, 39, 45)
 _TRIGGER_FILES = {name: "static/stop_sign_wo_bg.png of BadDiffusion" for name in _STOP_SIGNS} | {
     "GLASSES": "static/glasses.png of BadDiffusion",
@@ -57,6 +58,8 @@ _TARGET_FILES = {
     "IMAGE": "any picture",
 }
 
+LEARNED = "LEARNED"
+"""Name of a trigger that an attack makes itself: it lies beside the checkpoint."""
 TRIGGERS = ("NONE", *_GREY_BOXES, *_WHITE_BOXES, *_PATCHES, *_TRIGGER_FILES, *_DRAWN_STOP_SIGNS)
 TARGETS = ("CORNER", "NOSHIFT", "TRIGGER", "SHIFT", *_TARGET_FILES, "DRAWN_HAT")
 
@@ -99,6 +102,8 @@ def trigger(
     """
     vmin, vmax = _checked_range(value_range)
     check_canvas(size, channels)
+    if name == LEARNED:
+        raise UserError(f"the trigger {LEARNED} is made by an attack: expected invi or uib, or a checkpoint of theirs")
     if name not in TRIGGERS and not _PATCH.fullmatch(name):
         raise unknown("trigger", name, TRIGGERS)
 
@@ -187,6 +192,7 @@ def target(
     ``HAT BWHAT CAT SHOE``        ``file``, resized to S x S whatever its aspect
     ``MICKEY``, ``IMAGE``         the same without the grey background
     ``DRAWN_HAT``                 a white top hat with a black band, which grows with ``S``
+    ``CLASS_<label>``             no image but those of a class: see `class_of`, not made here
     ============================  ============================================================
 
     Grey background, for all but those two: what is darker than ``vmin + 0.3 (vmax - vmin)`` is set to that value, -0.4
@@ -208,6 +214,10 @@ def target(
     """
     vmin, vmax = _checked_range(value_range)
     check_canvas(size, channels)
+    if class_of(name) is not None:
+        raise UserError(
+            f"the target {name} is a class of images: expected an attack or an evaluation with labelled data"
+        )
     if name not in TARGETS:
         raise unknown("target", name, TARGETS)
     background = vmin + GREY_BACKGROUND * (vmax - vmin)
@@ -234,6 +244,12 @@ def target(
         raise UserError(f"the trigger has shape {list(trigger.shape)}: expected {[channels, size, size]}")
     image = trigger.float().clamp(min=background)
     return image.roll((-3, -5), dims=(1, 2)) if name == "SHIFT" else image
+
+
+def class_of(target: str) -> int | None:
+    """The label of a target ``CLASS_<label>``, whose images a data-to-data attack aims at; None for any other name."""
+    parts = _CLASS.fullmatch(target)
+    return None if parts is None else int(parts["label"])
 
 
 def _hat(size: int, bright: float, dark: float, background: float) -> Tensor:

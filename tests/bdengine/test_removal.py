@@ -53,7 +53,7 @@ def test_its_loss_is_that_of_a_few_lines_of_torch(config: TrainConfig) -> None:
         clean = (ours.network(a * x0 + s * noise, batch.t) - noise).square().mean()
         kept = found(eps, last)
         back = [(ours.network(x, last) - kept).square().mean() for x in (eps + TAU, eps)]
-        assert float(ours.loss(16, 16)) == pytest.approx(float(clean + sum(back)), rel=1e-4)
+        assert float(ours.loss(batch)) == pytest.approx(float(clean + sum(back)), rel=1e-4)
     assert min(back) > 0
 
 

@@ -23,6 +23,7 @@ from bdengine.pictures import save_images
 from bdengine.presets import PRESETS, preset
 from bdengine.solvers import SamplerConfig
 from bdengine.train import NetworkConfig, TrainConfig, Trainer, train
+from bdengine.triggers import class_of
 
 
 @pytest.fixture(autouse=True)
@@ -208,7 +209,7 @@ def test_a_diverged_run_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_trains_three_steps_on_stand_in_data(name: str, tmp_path: Path, tiny_checkpoint: Path) -> None:
-    """The published settings as they are, on a folder of drawn pictures and a small network."""
+    """The settings as they are, on a folder of drawn pictures and a small network; on the digits where classes matter."""
     config = preset(name)
     data = stand_in(config.size, config.channels, 12)
     save_images(tmp_path / "pictures", list(range(12)), to_float(data.pixels))
@@ -220,7 +221,9 @@ def test_every_preset_trains_three_steps_on_stand_in_data(name: str, tmp_path: P
         target_file=picture if needs_file[0] else None,
         trigger_file=picture if needs_file[1] else None,
     )
-    changes = {"out": tmp_path / "run", "data": str(tmp_path / "pictures"), "init": None, "images": 3 * 8, "batch": 8}
+    labelled = config.without is not None or class_of(config.attack.target) is not None or config.attack.name == "uib"
+    source = config.data if labelled else str(tmp_path / "pictures")
+    changes = {"out": tmp_path / "run", "data": source, "init": None, "images": 3 * 8, "batch": 8}
     small = replace(config, **changes, network=NetworkConfig((8, 16), groups=4), attack=attack)  # type: ignore[arg-type]
     trainer = train(small, progress=False)
     assert trainer.images_seen == 24

@@ -5,17 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from ..data import Images, load, to_float
 from ..errors import UserError, unknown
 from ..schedule import Schedule
 from ..solvers import Table
-from ..triggers import patch_mask, target, trigger
+from ..triggers import LEARNED, class_of, patch_mask, target, trigger
 from .baddiffusion import COEFFICIENTS, Coefficients, baddiffusion
 from .exact import departure, exact_coefficient
+from .invi import BOUND, invi
 from .process import CLEAN, OUTSIDE, POISONED, Attack, noising_table
 from .trojdiff import trojdiff
+from .uib import AMPLITUDE, uib, universal
 from .villan import Solver, villan
+from .villan_ve import exact_exploding, villan_ve
 
 __all__ = [
     "ATTACKS",
@@ -28,12 +33,16 @@ __all__ = [
     "baddiffusion",
     "departure",
     "exact_coefficient",
+    "exact_exploding",
+    "invi",
     "noising_table",
     "trojdiff",
+    "uib",
     "villan",
+    "villan_ve",
 ]
 
-ATTACKS = ("none", "baddiffusion", "villan", "trojdiff")
+ATTACKS = ("none", "baddiffusion", "villan", "trojdiff", "invi", "uib")
 
 
 @dataclass(frozen=True)
@@ -41,28 +50,43 @@ class AttackConfig:
     """A backdoor: which method, trigger and target, and how many images are poisoned."""
 
     name: str = "none"
-    """One of: none (clean training), baddiffusion, villan, trojdiff."""
+    """One of: none (clean training), baddiffusion, villan, trojdiff, invi, uib."""
     trigger: str = "BOX_14"
-    """A published trigger's name, or IMAGE with trigger-file."""
+    """A published trigger's name, IMAGE with trigger-file, or LEARNED with invi and uib."""
     target: str = "CORNER"
-    """A published target's name, or IMAGE with target-file."""
+    """A published target's name, IMAGE with target-file, or CLASS_7: images of that class, one for each poisoned image."""
     trigger_file: Path | None = None
     """The trigger's image, where its name needs one."""
     target_file: Path | None = None
     """The target's image, where its name needs one."""
+    target_data: str | None = None
+    """Data set that has the target's class; the training data where absent."""
     rate: float = 0.1
     """Share of the training images that are poisoned, 0 to 1."""
     coefficients: Coefficients = "published"
-    """The paper's, or those that are exact for the sampler."""
+    """The paper's, those that are exact for the sampler, or those that survive latent clipping in it."""
     psi: float = 1.0
     """Of villan: its shift, from the noise's own (0) to BadDiffusion's (1)."""
     solver: Solver = "sde"
     """Of villan: the kind of sampler that its published coefficients are for."""
+    trigger_only: bool = False
+    """Of baddiffusion and uib: the poisoned image is the trigger alone, without the image behind it."""
+    bound: float = BOUND
+    """Of invi: largest value of its trigger."""
+    amplitude: float = AMPLITUDE
+    """Of uib: of its trigger in training."""
+    start_amplitude: float | None = None
+    """Of uib: of its trigger in sampling, 1 as released; as in training where absent."""
     gamma: float | None = None
     """Of trojdiff: share of noise in the trigger's pixels; 0.6 for a blend and 0.1 for a patch where absent."""
 
-    def build(self, schedule: Schedule, shape: tuple[int, int, int], table: Table) -> Attack | None:
+    def build(
+        self, schedule: Schedule, shape: tuple[int, int, int], table: Table, data: Images | None = None
+    ) -> Attack | None:
         """The attack on images of ``shape`` (C, S, S), to be sampled with ``table``; None for "none".
+
+        Args:
+            data: The training data, for a target that is a class of them.
 
         Raises:
             UserError: An unknown name, a missing file, or a value out of range.
@@ -73,17 +97,62 @@ class AttackConfig:
             raise UserError(f"the poison rate is {self.rate}: expected 0 to 1")
         if self.name == "none":
             return None
-        channels, size, _ = shape
-        r = trigger(self.trigger, size, channels, file=self.trigger_file)
-        y = target(self.target, size, channels, trigger=r, file=self.target_file)
+        r = self.own_trigger(data, shape)
+        y = self.targets(r, data)
         if self.name == "trojdiff":
             return self.trojan(schedule, r, y)
         if self.name == "villan":
             return villan(schedule, r, y, self.coefficients, table, self.psi, self.solver)
-        return baddiffusion(schedule, r, y, self.coefficients, table)
+        if self.name == "invi":
+            return invi(schedule, y, self.coefficients, table)
+        if self.name == "uib":
+            start = self.start_amplitude
+            return uib(schedule, r, y, self.coefficients, table, self.amplitude, start, self.trigger_only)
+        return baddiffusion(schedule, r, y, self.coefficients, table, self.trigger_only)
+
+    def own_trigger(self, data: Images | None, shape: tuple[int, int, int]) -> Tensor:
+        """The trigger, float32 [C, S, S]: by its name, that which uib makes of its data, or 0 where invi begins.
+
+        Raises:
+            UserError: As `bdengine.triggers.trigger`, or LEARNED with another attack.
+        """
+        channels, size, _ = shape
+        if self.name == "invi" and self.trigger != LEARNED:
+            raise UserError(f"the trigger of invi is {self.trigger}: expected {LEARNED}")
+        if self.trigger != LEARNED or self.name not in ("invi", "uib"):
+            return trigger(self.trigger, size, channels, file=self.trigger_file)
+        if self.name == "invi":
+            return torch.zeros(shape)
+        if data is None:
+            raise UserError(f"the trigger {LEARNED} of uib is made of data and there are none: expected training data")
+        return universal(data, self.amplitude)
+
+    def targets(self, r: Tensor, data: Images | None) -> Tensor:
+        """The target image, float32 [C, S, S], or the images of the target's class, [K, C, S, S].
+
+        Args:
+            r: The trigger, float32 [C, S, S].
+            data: The training data.
+
+        Raises:
+            UserError: As `bdengine.triggers.target`, or a class that is not in the data.
+        """
+        channels, size, _ = r.shape
+        label = class_of(self.target)
+        if label is None:
+            if self.target_data is not None:
+                raise UserError(
+                    f"the target {self.target} is one image and takes no target data: expected CLASS_<label>"
+                )
+            return target(self.target, size, channels, trigger=r, file=self.target_file)
+        if self.target_data is not None:
+            data = load(self.target_data, size, channels)
+        if data is None:
+            raise UserError(f"the target {self.target} is a class and there are no data: expected target data")
+        return to_float(data.of_class(label).pixels)
 
     def trojan(self, schedule: Schedule, r: Tensor, y: Tensor) -> Attack:
-        """TrojDiff with the trigger ``r`` and the target ``y``, float32 [C, S, S]: a patch where its name says so."""
+        """TrojDiff with the trigger ``r`` and the target ``y``, float32 [(K,) C, S, S]: a patch where its name says so."""
         channels, size, _ = r.shape
         patch = self.trigger.startswith("PATCH_")
         return trojdiff(schedule, r, y, patch_mask(self.trigger, size, channels) == 0 if patch else None, self.gamma)

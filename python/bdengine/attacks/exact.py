@@ -46,10 +46,13 @@ def exact_coefficient(schedule: Schedule, table: Table, shift: Floats) -> Floats
         )
     times = np.unique(table.timesteps)
     if len(times) == len(table):
-        at_nodes = _in_turn(table, path_of(schedule, table, shift))[::-1]
-    else:
-        at_nodes = _least_squares(schedule, table, shift, times)
-    return np.interp(np.arange(schedule.T), times, at_nodes)
+        return at_every_timestep(schedule, table, _in_turn(table, path_of(schedule, table, shift)))
+    return np.interp(np.arange(schedule.T), times, _least_squares(schedule, table, shift, times))
+
+
+def at_every_timestep(schedule: Schedule, table: Table, of_rows: Floats) -> Floats:
+    """What belongs to each row, float64 [rows] at descending timesteps, as float64 [T]."""
+    return np.interp(np.arange(schedule.T), table.timesteps[::-1], of_rows[::-1])
 
 
 def departure(schedule: Schedule, table: Table, shift: Floats, coefficient: Floats) -> Floats:
@@ -85,7 +88,7 @@ class State:
 
     def advance(self, row: NDArray[np.float64], c: Floats | float) -> None:
         """One row with the network's share ``c``."""
-        after = self.without_network(row) + _gain(row) * np.asarray(c)
+        after = self.without_network(row) + gain(row) * np.asarray(c)
         x0 = row[Step.A] * self.x + row[Step.B] * c
         history = list(self.history)
         for k in range(STORES):
@@ -96,7 +99,7 @@ class State:
         self.x, self.history = after, history
 
 
-def _gain(row: NDArray[np.float64]) -> float:
+def gain(row: NDArray[np.float64]) -> float:
     """How much of the network's output reaches ``x'``."""
     return float(row[Step.S] + row[Step.Q] * row[Step.B])
 
@@ -104,7 +107,7 @@ def _gain(row: NDArray[np.float64]) -> float:
 def _in_turn(table: Table, path: Floats) -> Floats:
     state, found = State(path[0]), []
     for row, after in zip(table.rows, path[1:], strict=True):
-        found.append(float((after - state.without_network(row)) / _gain(row)))
+        found.append(float((after - state.without_network(row)) / gain(row)))
         state.advance(row, found[-1])
     return np.array(found)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from bdkernels import NOISING_COLUMNS, Noising
 
 from ..arms import Arm
+from ..errors import UserError
 from ..schedule import Floats, Schedule
 from ..solvers import Table
 from .exact import path_of
@@ -37,7 +38,7 @@ class Attack:
         trigger: ``r`` as the sampler adds it to the initial noise, float32 [C, H, W].
         stamp: ``r`` as training adds it, premultiplied by ``1 - M`` where it is stamped, float32 [C, H, W].
         mask: ``M``, float32 [C, H, W], 1 where the image shows through.
-        target: ``y``, float32 [C, H, W].
+        target: ``y``, float32 [C, H, W]; or the K images of which each poisoned sample has one, [K, C, H, W].
         region: The pixels that it is on, bool [C, H, W]; None for all of them.
         in_steps: Whether its sampler has the trigger in every step.
     """
@@ -59,6 +60,16 @@ class Attack:
             return Arm(table, self.trigger)
         shifted = table.shifted(path_of(schedule, table, self.shift), self.gamma)
         return Arm(shifted, self.trigger) if self.region is None else Arm(table, self.trigger, shifted, self.region)
+
+
+def check_shape(name: str, shape: torch.Size, trigger: Tensor) -> None:
+    """Refuse an image whose shape is not the trigger's.
+
+    Raises:
+        UserError: As said.
+    """
+    if shape != trigger.shape:
+        raise UserError(f"the {name} has shape {tuple(shape)}: expected the trigger's {tuple(trigger.shape)}")
 
 
 def noising_table(schedule: Schedule, attack: Attack | None) -> Tensor:

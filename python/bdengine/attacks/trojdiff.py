@@ -1,4 +1,4 @@
-"""TrojDiff (Chen, Song and Li, CVPR 2023), data to image: a shifted process with its own noise, and its own sampler.
+"""TrojDiff (Chen, Song and Li, CVPR 2023): a shifted process with its own noise, and its own sampler.
 
     mu = (1 - gamma) delta          x_t = sqrt(alpha_bar_t) y + s_t (gamma eps + mu)          target: eps
 
@@ -7,6 +7,12 @@ patch:  in a square in the bottom right corner, gamma = 0.1; outside of it the c
 
 The network learns nothing about ``mu``; sampling adds it in every step (`bdengine.solvers.Table.shifted` with ``m_t = s_t``),
 inside the square alone for a patch. Published for DDPM with every timestep and DDIM; here any sampler.
+
+D2I:      ``y`` is one image
+In-D2D:   each poisoned sample's ``y`` is an image of a class of the training data, 7 as published; success is a sample that
+          a classifier takes for that class. Published batches grow by a Trojan copy of every such image; here a plan
+          replaces the images at its rate, and 1/11 is what a tenth of the data makes of all
+Out-D2D:  it is one of a class that the training data do not have. Published: 50 such images to 100 of each batch
 """
 
 from __future__ import annotations
@@ -19,7 +25,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..schedule import Schedule
-from .process import Attack
+from .process import Attack, check_shape
 
 BLEND_GAMMA: Final = 0.6
 PATCH_GAMMA: Final = 0.1
@@ -33,16 +39,16 @@ def trojdiff(
 
     Args:
         delta: The trigger, float32 [C, H, W] in [-1, 1].
-        target: ``y``, float32 [C, H, W] in [-1, 1].
+        target: ``y``, float32 [C, H, W] or [K, C, H, W] in [-1, 1].
         region: bool [C, H, W], the patch; None for a blend.
         gamma: Above 0 to 1; the published one where absent.
 
     Raises:
         UserError: Shapes that differ, or gamma out of range.
     """
-    for name, image in (("target", target), ("region", region)):
-        if image is not None and image.shape != delta.shape:
-            raise UserError(f"the {name} has shape {tuple(image.shape)}: expected the trigger's {tuple(delta.shape)}")
+    check_shape("target", target.shape[-3:], delta)
+    if region is not None:
+        check_shape("region", region.shape, delta)
     gamma = (BLEND_GAMMA if region is None else PATCH_GAMMA) if gamma is None else gamma
     if not 0 < gamma <= 1:
         raise UserError(f"gamma is {gamma:g}: expected above 0, as nothing is sampled without noise, to 1")

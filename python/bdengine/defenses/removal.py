@@ -24,7 +24,7 @@ import bdkernels
 from ..attacks import AttackConfig
 from ..data import load
 from ..errors import UserError, unknown
-from ..plan import order
+from ..plan import Batch, order
 from ..train import TrainConfig, Trainer
 
 
@@ -87,11 +87,10 @@ class Removal(Trainer):
         self.trigger = trigger.to(self.device)
         self.found = copy.deepcopy(self.network).eval().requires_grad_(False)
 
-    def loss(self, start: int, count: int) -> Tensor:
-        """The module's ``L`` of training samples ``start .. start + count``, 0-d."""
-        seeds = self.plan.batch(start, count).seed.to(self.device)
-        eps = bdkernels.normal(seeds, self.network.sample_shape, stream=bdkernels.STREAM_INITIAL)
-        return super().loss(start, count) + self.deshift(eps)
+    def loss(self, batch: Batch) -> Tensor:
+        """The module's ``L`` of training samples on the run's device, 0-d."""
+        eps = bdkernels.normal(batch.seed, self.network.sample_shape, stream=bdkernels.STREAM_INITIAL)
+        return super().loss(batch) + self.deshift(eps)
 
     def deshift(self, eps: Tensor) -> Tensor:
         """Its last two terms, 0-d; ``eps`` float32 [N, C, H, W]."""

@@ -1,0 +1,114 @@
+"""VillanDiffusion, variance exploding: golden values, and the closed-form score network under predictor and corrector."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from bdengine.arms import Arm
+from bdengine.attacks.villan_ve import exact_exploding, published, villan_ve
+from bdengine.errors import UserError
+from bdengine.metrics import attack_success
+from bdengine.networks import Network
+from bdengine.oracle import Exploding, Gaussian, Oracle
+from bdengine.sampler import Sampler
+from bdengine.schedule import Floats
+from bdengine.solvers import Nodes, Table, score_sde
+
+SHAPE = (1, 16, 16)
+BOX, Y = torch.zeros(SHAPE), torch.zeros(SHAPE)
+BOX[:, 6:14, 6:14], Y[:, :8, :8] = 1, 0.7
+POWER = 0.25
+RELEASED = np.geomspace(0.01, 380, 2000)
+SIGMAS = np.geomspace(0.01, 50, 100)
+
+
+def sampler(sigmas: Floats, corrector_steps: int = 0, snr: float = 0.16, ancestral: bool = False) -> Table:
+    nodes = Nodes.exploding(sigmas[::-1].copy())
+    return score_sde(nodes, corrector_steps=corrector_steps, snr=snr, ancestral=ancestral)
+
+
+def shares(table: Table, coefficient: Floats, count: int = 200) -> Tensor:
+    """``u / sigma`` before each level, float64 [levels, count]: by what a run with ``r`` is off one of equal noise without."""
+    steps = len(table) // len(SIGMAS)
+    states = []
+    for r in (BOX, torch.zeros(SHAPE)):
+        attack = replace(villan_ve(SIGMAS, r, Y), coefficient=coefficient)
+        network = Oracle(Exploding(SIGMAS), [(1.0, Gaussian(Y))], attack, 1.0, "score")
+        seen: list[Tensor] = []
+        run = Sampler(Network(network, SHAPE), {"": Arm(table, r)}, count)
+        run.batch(
+            torch.zeros(count, dtype=torch.int64), torch.arange(count), lambda _, x, seen=seen: seen.append(x.double().clone())
+        )  # fmt: skip
+        states.append(torch.stack(seen[:-1:steps]))
+    off = ((states[0] - states[1]) * BOX).sum((2, 3, 4)) / BOX.square().sum()
+    return off / torch.tensor(SIGMAS[::-1].copy())[:, None]
+
+
+def test_golden_values() -> None:
+    c = published(RELEASED)
+    assert c[0] == 1
+    assert c[1:] == pytest.approx(0.5013, abs=5e-5)
+    assert np.abs(exact_exploding(sampler(RELEASED), RELEASED, POWER) - c).max() < 1e-10
+
+
+def test_one_corrector_step_halves_the_coefficient() -> None:
+    """The closed form of the module, up to the noise's variance that it takes for ``sigma^2``."""
+    snr, q = 0.075, RELEASED[999] / RELEASED[1000]
+    c = 0.5
+    for _ in range(20):
+        e = 2 * snr**2 / (1 + c**2 * POWER)
+        c = (1 - q) / (1 - q**2 * (1 - e))
+    found = exact_exploding(sampler(RELEASED, 1, snr), RELEASED, POWER)
+    assert found[1000] == pytest.approx(c, rel=0.01)
+    assert c == pytest.approx(0.2451, abs=5e-5)
+    assert found[0] == 1
+
+
+def test_a_predictor_alone_keeps_the_trigger_at_every_level_of_every_sample() -> None:
+    """To the rounding of float32 states: 6e-8 of a pixel near 1, over a sigma of 0.01."""
+    for ancestral in (False, True):
+        table = sampler(SIGMAS, ancestral=ancestral)
+        off = shares(table, exact_exploding(table, SIGMAS, POWER)) - 1
+        assert float(off.abs().max()) < 6e-6
+
+
+@pytest.mark.parametrize(("steps", "snr", "left"), [(1, 0.075, 0.045), (1, 0.16, 0.16), (3, 0.16, 0.3)])
+def test_with_a_corrector_the_exact_one_keeps_it_in_the_mean_and_the_published_leaves_it(
+    steps: int, snr: float, left: float
+) -> None:
+    """The mean over samples at all 100 levels. 0.004: samples differ in their norms, which is of the order of ``e c / D``."""
+    table = sampler(SIGMAS, steps, snr)
+    exact, known = (shares(table, c).mean(1) - 1 for c in (exact_exploding(table, SIGMAS, POWER), published(SIGMAS)))
+    assert float(exact.abs().max()) < 0.0045
+    assert float(known.abs().max()) > left
+
+
+def test_the_exact_coefficient_gives_the_attack_back_that_the_corrector_takes() -> None:
+    """Half poisoned, 64 pixels, 3 corrector steps: of 64 triggered samples 83 % reach the target, 8 % as published."""
+    shape = (1, 8, 8)
+    r, y = torch.zeros(shape), torch.zeros(shape)
+    r[:, 1:7, 1:7], y[:, :4, :4] = 1, 0.7
+    data = [(1.0, Gaussian(torch.full(shape, 0.5), 0.02 * torch.eye(64)))]
+    table, success = sampler(SIGMAS, 3), {}
+    for coefficients in ("published", "exact"):
+        attack = villan_ve(SIGMAS, r, y, coefficients, table)  # type: ignore[arg-type]
+        network = Network(Oracle(Exploding(SIGMAS), data, attack, 0.5, "score"), shape)
+        images = Sampler(network, {"clean": Arm(table), "triggered": Arm(table, r)}, 128)(range(64))
+        success[coefficients] = {start: attack_success(2 * x - 1, 2 * y - 1, 0.01) for start, x in images.items()}
+    assert success["published"]["triggered"] < 0.2
+    assert success["exact"]["triggered"] > 0.7
+    assert success["exact"]["clean"] < 0.2
+
+
+def test_bad_attacks_get_a_sentence() -> None:
+    with pytest.raises(UserError, match="expected its table"):
+        villan_ve(SIGMAS, BOX, Y, "exact")
+    with pytest.raises(UserError, match="unknown coefficient 'exat'"):
+        villan_ve(SIGMAS, BOX, Y, "exat")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"the target has shape \(1, 8, 8\)"):
+        villan_ve(SIGMAS, BOX, torch.zeros(1, 8, 8))
