@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -252,3 +253,53 @@ def test_a_trace_has_a_range_of_each_op_and_provider(tmp_path: Path, capsys: pyt
         assert inside("normal 2x3x4x4").count("bdk::normal") == 3
     ends = [ranges[name]["ts"] + ranges[name]["dur"] for name in ranges]
     assert all(end <= ranges[name]["ts"] for end, name in zip(ends, list(ranges)[1:], strict=False))
+
+
+class OnTheHost(device.Cuda):
+    """What a CUDA device adds to a table, on tensors of the host: only its clock and its profiler's marks are not there."""
+
+    activities = device.Cpu.activities
+
+    def __init__(self) -> None:
+        self.where, self.name, self.caches = HOST, "none", "warm"
+
+    def seconds(self, function: Callable[[], object], loops: int) -> float:
+        return timing.seconds(function, loops)
+
+    def wait(self) -> None:
+        pass
+
+    def nvtx(self) -> AbstractContextManager[Any]:
+        return torch.profiler.record_function("marked")
+
+
+def test_the_further_columns_reach_the_table_and_the_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(device, "find", lambda _: OnTheHost())
+    file = tmp_path / "rows.json"
+    assert run.main(["step", "step/ddim", *TINY, "--json", str(file)]) == 0
+    heads = [line for line in capsys.readouterr().out.splitlines() if line.startswith("provider")]
+    assert [head.split()[-4:] for head in heads] == [["gb_per_s", "of_copy", "launches", "host_us"]] * 2
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["provider"] for row in rows if row["op"] == "fused_step"][-2:] == ["ceiling", "copy"]
+    for row in rows:
+        assert row["gb_per_s"] == pytest.approx(3 * 4 / row["ns_per_element"], rel=0.01, abs=0.01)
+        assert row["launches"] == 0
+        assert row["host_us"] > 0
+        assert row["of_copy"] == 1 or row["provider"] != "copy"
+
+
+def test_marks_are_made_of_checked_providers_and_nothing_is_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(device, "find", lambda _: OnTheHost())
+    with torch.profiler.profile(activities=device.Cpu.activities) as recorded:
+        assert run.main(["normal", *TINY, "--nvtx"]) == 0
+    assert capsys.readouterr().out == ""
+    events = {event.name: event for event in recorded.events() or ()}
+    marked, region = (events[name].time_range for name in ("marked", "normal 2x3x4x4"))
+    assert marked.start <= region.start <= events["ceiling"].time_range.start
+    assert events["ceiling"].time_range.end <= region.end <= marked.end
+    monkeypatch.setattr(normal.reference, "normal", lambda **_: torch.zeros(2, 3, 4, 4))
+    assert run.main(["normal", *TINY, "--nvtx"]) == 1
