@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Final, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+from bdkernels import use_backend
+from bdkernels.backends import BACKENDS, missing, serves
+
 Shape = tuple[int, int, int, int]
 P = ParamSpec("P")
 Result = TypeVar("Result")
 
-CPU, CPU_GRAPH, REFERENCE, CEILING = "cpu", "cpu+graph", "reference", "ceiling"
+HOST: Final = torch.device("cpu")
+CPU, TRITON, CUDA = "cpu", "triton", "cuda"
+CPU_GRAPH, CAPTURED = "cpu+graph", "captured"
+REFERENCE, CEILING, COPY = "reference", "ceiling", "copy"
 PEERS: Final = ("diffusers", "torch", "compile")
-PROVIDERS: Final = (*PEERS, CPU, CPU_GRAPH, REFERENCE, CEILING)
-"""Everything a table can have as a row; the ``cpu`` rows run on the backend that the caller has forced, the second of a
-network under `torch.compile`."""
+OURS: Final = {"cpu": (CPU,), "cuda": (TRITON, CUDA)}
+"""Our compiled backends by the type of device whose rows they are."""
+FUSED: Final = (CPU, CPU_GRAPH, TRITON, CUDA, CAPTURED)
+"""The rows that are ours, the plain torch reference apart."""
+PROVIDERS: Final = (*PEERS, *FUSED, REFERENCE, CEILING)
+"""Everything that can be asked for as a row; those named like a backend run on it, see `backend_of`."""
 
 PEER_TOLERANCE: Final = 1e-4
 """Largest distance of a peer from float64 truth, for values of order 1: stock coefficients lose 5.5e-5 at t=1."""
@@ -37,11 +48,30 @@ class Provider:
         run: Does it once.
         check: Raises AssertionError where its result is wrong.
         cycle: Calls after which it is back where it began, 1 where all calls are alike.
+        steps: Network evaluations of a call, over which the host's share of it is divided.
+        queued: Does it once without reading a result back; None where ``run`` reads none.
     """
 
     run: Callable[[], object]
     check: Callable[[], None] = nothing_to_check
     cycle: int = 1
+    steps: int = 1
+    queued: Callable[[], object] | None = None
+
+
+def ours(device: torch.device) -> tuple[str, ...]:
+    """Those of our compiled backends that run on ``device`` here."""
+    return tuple(name for name in OURS.get(device.type, ()) if not missing(name) and serves(name) == device.type)
+
+
+def backend_of(provider: str) -> AbstractContextManager[None]:
+    """What a provider's calls run in: on the backend it is named after, where there is one."""
+    return use_backend(provider) if provider in BACKENDS else contextlib.nullcontext()
+
+
+def moved(case: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Arguments of an op, their tensors on ``device``."""
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in case.items()}
 
 
 def checked(run: Callable[[], Any], check: Callable[..., None]) -> Provider:

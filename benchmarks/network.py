@@ -1,6 +1,6 @@
 """Whole UNets: stock as diffusers has it, stock in channels-last, under `torch.compile`, and accelerated.
 
-    network: out = unet(x, t)      network_training: the gradients of mean out^2 in all weights
+    network/forward: out = unet(x, t)      network/training: the gradients of mean out^2 in all weights
 
 The ceiling is torch's wide convolutions of as many operations as the stock network has; Winograd's need fewer, so it can be
 passed. The process keeps freed memory (`bdengine.memory`), as the command line does: stock gains from it as well.
@@ -25,10 +25,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from bdengine.accelerate import accelerate
 from bdengine.memory import keep_freed
 from bdengine.networks import CIFAR10, DIGITS16, unet
-from bdkernels import use_backend
 from bdkernels.testing import at_most_twice_as_wrong
 
-from .bench import CEILING, CPU, CPU_GRAPH, REFERENCE, Provider, Shape, compiled
+from .bench import CEILING, CPU, CPU_GRAPH, HOST, REFERENCE, Provider, Shape, compiled
 
 LARGEST_ERROR: Final = 1e-4
 """Of a peer, as a share of the truth's largest value."""
@@ -36,6 +35,8 @@ WIDE: Final = 256
 ROWS: Final = 256
 SIDE: Final = 16
 """Channels, and at most height, and width of the ceiling's image: oneDNN is nearest to the processor's peak there."""
+NETWORKS: Final = ((64, 1, 16, 16), (8, 3, 32, 32))
+"""The digits' and CIFAR's."""
 Form = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -45,13 +46,14 @@ class Networks:
 
     shape: Shape
     training: bool
+    device: torch.device
 
     def unet(self, layout: torch.memory_format = torch.channels_last, dtype: torch.dtype = torch.float32) -> Any:
         """A new one, diffusers' own."""
         torch.manual_seed(0)
         _, channels, side, _ = self.shape
         options = CIFAR10 if (channels, side) == (3, 32) else DIGITS16 | {"channels": channels, "size": side}
-        return unet(**options).to(dtype=dtype, memory_format=layout)
+        return unet(**options).to(self.device, dtype=dtype, memory_format=layout)
 
     def run(self, net: Any, form: Callable[[Form], Form] = lambda f: f) -> Callable[[], Tensor]:
         """What does ``net`` once, in its layout and dtype: its output, or all gradients in one vector."""
@@ -59,6 +61,7 @@ class Networks:
         layout = torch.contiguous_format if weight.is_contiguous() else torch.channels_last
         x = torch.randn(self.shape, generator=generator).to(weight.dtype, memory_format=layout)
         t = torch.randint(1000, self.shape[:1] if self.training else (), generator=generator)
+        x, t = x.to(self.device), t.to(self.device)
         call = form(lambda x, t: net(x, t, return_dict=False)[0])
 
         def gradients() -> Tensor:
@@ -88,43 +91,42 @@ class Networks:
 
         return Provider(run, check)
 
-    def ours(self, run: Callable[[], Tensor], backend: str = CPU) -> Provider:
+    def ours(self, run: Callable[[], Tensor]) -> Provider:
         """Accelerated, which must be at most twice as far from the truth as stock."""
 
-        def on_backend() -> Tensor:
-            with use_backend(backend):
-                return run()
-
         def check() -> None:
-            got = on_backend()
+            got = run()
             if not at_most_twice_as_wrong(got, self.stock, self.truth):
                 error, expected = (float((v - self.truth).abs().max()) for v in (got, self.stock))
                 raise AssertionError(f"it is {error:.1e} from float64 truth: expected twice stock's {expected:.1e}")
 
-        return Provider(on_backend, check)
+        return Provider(run, check)
 
     def ceiling(self) -> Provider:
         """As many operations as `stock` has, in convolutions of `WIDE` channels."""
         with FlopCounterMode(display=False) as counter:
             self.run(self.unet())()
         rows = counter.get_total_flops() / (2 * 9 * WIDE**2 * SIDE)
-        x = torch.randn(1, WIDE, min(math.ceil(rows), ROWS), SIDE).to(memory_format=torch.channels_last)
-        weight = torch.randn(WIDE, WIDE, 3, 3).to(memory_format=torch.channels_last)
+        x = torch.randn(1, WIDE, min(math.ceil(rows), ROWS), SIDE).to(self.device, memory_format=torch.channels_last)
+        weight = torch.randn(WIDE, WIDE, 3, 3).to(self.device, memory_format=torch.channels_last)
         times = math.ceil(rows / x.shape[2])
         return Provider(lambda: [functional.conv2d(x, weight, padding=1) for _ in range(times)])
 
 
-def network(shape: Shape, training: bool = False) -> dict[str, Provider]:
-    """The providers of a UNet's forward pass at ``shape``, or of its gradients."""
+def network(shape: Shape, device: torch.device = HOST, training: bool = False) -> dict[str, Provider]:
+    """The providers of a UNet's forward pass at ``shape``, or of its gradients; off the CPU it is not accelerated."""
     keep_freed()
-    of = Networks(shape, training)
+    of = Networks(shape, training, device)
+    fast = {
+        CPU: of.ours(of.run(accelerate(of.unet()))),
+        CPU_GRAPH: of.ours(of.run(accelerate(of.unet()), compiled)),
+        REFERENCE: of.ours(of.run(accelerate(of.unet()))),
+    }
     return {
         "diffusers": of.peer(of.run(of.unet(torch.contiguous_format))),
         "torch": of.peer(of.run(of.unet())),
         **({} if training else {"compile": of.peer(of.run(of.unet(), compiled))}),
-        CPU: of.ours(of.run(accelerate(of.unet()))),
-        CPU_GRAPH: of.ours(of.run(accelerate(of.unet()), compiled)),
-        REFERENCE: of.ours(of.run(accelerate(of.unet())), REFERENCE),
+        **(fast if device.type == "cpu" else {}),
         CEILING: of.ceiling(),
     }
 

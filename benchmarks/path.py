@@ -17,14 +17,14 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
 from scipy.stats import binomtest
 from tqdm import tqdm
 
-from bdengine.attacks import COEFFICIENTS, Coefficients, baddiffusion, departure
+from bdengine.attacks import Coefficients, baddiffusion, departure
 from bdengine.data import load, to_float
 from bdengine.files import write_json
 from bdengine.metrics import attack_success
@@ -36,6 +36,7 @@ from bdengine.solvers import SAMPLERS, SamplerConfig
 from bdengine.triggers import target, trigger
 
 SIZE, STEPS, THRESHOLD = 16, 20, 0.01
+KINDS: Final[tuple[Coefficients, ...]] = ("published", "exact")
 
 
 def digits() -> list[tuple[float, Gaussian]]:
@@ -96,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     data, rows = digits(), []
     print(f"{'sampler':16} {'coefficients':12} {'departure':>9}  triggered (clean) at rates {options.rates}")
-    for name, kind in tqdm([(n, c) for n in options.samplers for c in COEFFICIENTS], disable=None, leave=False):
+    for name, kind in tqdm([(n, c) for n in options.samplers for c in KINDS], disable=None, leave=False):
         rows.append(study(linear(), name, kind, options.rates, options.samples, data))
         row = rows[-1]
         shares = "  ".join(f"{s['triggered']['share']:6.1%} ({s['clean']['share']:.1%})" for s in row["rates"].values())

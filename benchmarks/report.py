@@ -7,21 +7,26 @@ import os
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bdkernels import env, native
+from bdkernels import env
+from bdkernels.backends import missing
 
-from .bench import CEILING, CPU, PEERS, REFERENCE, Shape
-from .timing import Timing, last_cache
+from .bench import CEILING, COPY, CPU, FUSED, OURS, PEERS, REFERENCE, Shape
+from .device import Device
+from .timing import Timing
 
 
 @dataclass(frozen=True)
 class Row:
-    """One provider of one op at one shape; times in ns per element, ``of_ceiling`` 1 at the ceiling's speed."""
+    """One provider of one op at one shape; times in ns per element, ``of_ceiling`` 1 at the ceiling's speed.
+
+    ``more``: columns that not every device or op has, by name.
+    """
 
     op: str
     provider: str
@@ -32,9 +37,35 @@ class Row:
     p20: float
     p80: float
     of_ceiling: float
+    more: Mapping[str, float] = field(default_factory=dict)
 
 
-def rows(op: str, shape: Shape, threads: int, timings: Mapping[str, Timing]) -> list[Row]:
+def images_per_second(count: int, timings: Mapping[str, Timing]) -> dict[str, dict[str, float]]:
+    """Of loops that make ``count`` images a call, by provider."""
+    return {provider: {"images_per_s": round(count / timing.median, 1)} for provider, timing in timings.items()}
+
+
+def traffic(moved: float, timings: Mapping[str, Timing]) -> dict[str, dict[str, float]]:
+    """GB/s of ``moved`` bytes a call, and 1 at the speed of the copy; no columns where no copy was measured."""
+    if COPY not in timings:
+        return {provider: {} for provider in timings}
+    copied = timings[COPY].median
+    return {
+        provider: {
+            "gb_per_s": round(moved / timing.median / 1e9, 2),
+            "of_copy": round(copied / timing.median, 4),
+        }
+        for provider, timing in timings.items()
+    }
+
+
+def rows(
+    op: str,
+    shape: Shape,
+    threads: int,
+    timings: Mapping[str, Timing],
+    more: Mapping[str, Mapping[str, float]],
+) -> list[Row]:
     """The measurements of one op at one shape, in float32."""
     scale = 1e9 / math.prod(shape)
     ceiling = timings[CEILING].median
@@ -49,43 +80,53 @@ def rows(op: str, shape: Shape, threads: int, timings: Mapping[str, Timing]) -> 
             round(timing.p20 * scale, 4),
             round(timing.p80 * scale, 4),
             round(ceiling / timing.median, 4),
+            more[provider],
         )
         for provider, timing in timings.items()
     ]
 
 
-def table(measured: Sequence[Row]) -> str:
+def fastest(measured: Sequence[Row]) -> Row | None:
+    """Ours: the fastest of our kernels, or the plain torch reference where none was measured."""
+    fused = [row for row in measured if row.provider in FUSED]
+    plain = [row for row in measured if row.provider == REFERENCE]
+    return min(fused or plain, key=lambda row: row.ns_per_element, default=None)
+
+
+def table(measured: Sequence[Row], device: str = CPU) -> str:
     """The rows of one op at one shape as text, each with its ratio to ours, and where ours is not ahead."""
     by_provider = {row.provider: row for row in measured}
-    ours = by_provider.get(CPU) or by_provider.get(REFERENCE)
+    ours = fastest(measured)
     first = measured[0]
     head = f"{first.op} {'x'.join(map(str, first.shape))} {first.dtype}, threads: {first.threads}"
-    lines = [head, f"{'provider':10} {'ns/element':>10} {'p20':>8} {'p80':>8} {'to ours':>8} {'of ceiling':>10}"]
+    more = "".join(f" {name:>12}" for name in first.more)
+    lines = [head, f"{'provider':10} {'ns/element':>10} {'p20':>8} {'p80':>8} {'to ours':>8} {'of ceiling':>10}{more}"]
     for row in measured:
         ratio = f"{row.ns_per_element / ours.ns_per_element:.2f}x" if ours else ""
         times = f"{row.ns_per_element:10.3f} {row.p20:8.3f} {row.p80:8.3f}"
-        lines.append(f"{row.provider:10} {times} {ratio:>8} {row.of_ceiling:>10.1%}")
-    return "\n".join([*lines, *([verdict(ours, by_provider)] if ours else [])])
+        more = "".join(f" {value:>12.6g}" for value in row.more.values())
+        lines.append(f"{row.provider:10} {times} {ratio:>8} {row.of_ceiling:>10.1%}{more}")
+    return "\n".join([*lines, *([verdict(ours, by_provider, device)] if ours else [])])
 
 
-def verdict(ours: Row, by_provider: Mapping[str, Row]) -> str:
+def verdict(ours: Row, by_provider: Mapping[str, Row], device: str) -> str:
     """Says of which peers ours is not ahead, medians compared."""
     peers = [by_provider[name] for name in PEERS if name in by_provider]
     behind = [f"{p.provider} ({p.ns_per_element / ours.ns_per_element:.2f}x)" for p in peers
               if p.ns_per_element <= ours.ns_per_element]  # fmt: skip
     if ours.provider == REFERENCE:
-        reason = native.reason() or "the cpu backend was not asked for"
+        reason = "; ".join(filter(None, map(missing, OURS[device]))) or "our kernels were not asked for"
         return f"ours here is the plain torch reference ({reason}); it is not ahead of {', '.join(behind) or 'none'}"
     return f"ours is not ahead of {', '.join(behind)}" if behind else "ours is ahead of every peer measured"
 
 
 def summary(measured: Sequence[Row]) -> str:
     """How many times as long as ours diffusers takes, a line an op and a column a shape; empty where one is missing."""
-    times = {(row.op, tuple(row.shape), row.provider): row.ns_per_element for row in measured}
     ratios: dict[str, dict[tuple[int, ...], float]] = {}
-    for (op, shape, provider), ns in times.items():
-        if provider in (CPU, REFERENCE) and (op, shape, "diffusers") in times:
-            ratios.setdefault(op, {})[shape] = times[op, shape, "diffusers"] / ns
+    for row in measured:
+        ours = fastest([r for r in measured if (r.op, r.shape) == (row.op, row.shape)])
+        if row.provider == "diffusers" and ours:
+            ratios.setdefault(row.op, {})[tuple(row.shape)] = row.ns_per_element / ours.ns_per_element
     everything = [ratio for of_op in ratios.values() for ratio in of_op.values()]
     if not everything:
         return "diffusers and ours were not both measured: no ratios"
@@ -101,13 +142,14 @@ def summary(measured: Sequence[Row]) -> str:
     return "\n".join([*lines, f"ours is slower in {', '.join(slower) or 'no case'}"])
 
 
-def machine(arguments: Sequence[str]) -> dict[str, Any]:
+def machine(arguments: Sequence[str], device: Device) -> dict[str, Any]:
     """Where, when, with which versions and by which command the numbers were made."""
     found = env.found()
     return {
+        "device": device.name,
         **{name: found[name] for name in ("cpu", "cores", "vector", "os", "torch", "native")},
         "versions": {name: found[name] for name in ("python", "numpy", "diffusers", "triton")},
-        "caches": f"cold before each call, last level {last_cache() >> 20} MiB",
+        "caches": device.caches,
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -125,6 +167,9 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def document(arguments: Sequence[str], measured: Sequence[Row]) -> dict[str, Any]:
-    """What ``--json`` writes."""
-    return {"machine": machine(arguments), "rows": [asdict(row) for row in measured]}
+def document(arguments: Sequence[str], measured: Sequence[Row], device: Device) -> dict[str, Any]:
+    """What ``--json`` writes; a row's further columns stand beside the others."""
+    flat = [asdict(row) for row in measured]
+    for row in flat:
+        row |= row.pop("more")
+    return {"machine": machine(arguments, device), "rows": flat}

@@ -3,29 +3,35 @@
     python -m benchmarks.run
     python -m benchmarks.run step noising --shapes 256x3x32x32 --json benchmarks/results/machine.json
     python -m benchmarks.run samplers
+    python -m benchmarks.run --device cuda --trace trace.json
+    python -m benchmarks.run capture --device cuda
 
 Each op's correctness gate runs first: ours against the reference bit for bit, every other provider against float64
 truth; the samplers' whole loops against stock's in float64. A red gate prints no numbers, writes no file and exits
 with 1.
+
+On CUDA a table has more columns: GB/s of what the op must move and its share of a copy's, measured beside it; kernels
+launched and microseconds of the host a call (a step, of a whole loop).
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from bdengine.errors import UserError, unknown
 from bdengine.files import write_json
-from bdkernels import native, use_backend
 
-from .bench import CEILING, CPU, PROVIDERS, Provider, Shape
-from .registry import OPS, SAMPLER_OPS, shapes
-from .report import Row, document, rows, summary, table
+from . import device
+from .bench import CEILING, PROVIDERS, Provider, Shape, backend_of
+from .device import Device
+from .ranges import Trace, repeat
+from .registry import BYTES, EVERY_OP, LOOP_OPS, OPS, SAMPLER_OPS, SHORT, shapes
+from .report import Row, document, images_per_second, rows, summary, table, traffic
 from .timing import interleaved
 
 LEAST_REPEATS = 7
@@ -36,17 +42,17 @@ class RedGate(Exception):
 
 
 def ops_of(name: str) -> list[str]:
-    """The registry's names of an op; ``step`` is short for ``fused_step``, ``samplers`` for all that are of one.
+    """The registry's names of an op; ``step`` is short for ``fused_step``, see also `registry.SHORT`.
 
     Raises:
         UserError: There is no such op.
     """
-    if name == "samplers":
-        return list(SAMPLER_OPS)
+    if name in SHORT:
+        return SHORT[name]
     for full in (name, f"fused_{name}"):
-        if full in OPS:
+        if full in EVERY_OP:
             return [full]
-    raise unknown("op", name, [*OPS, "samplers"])
+    raise unknown("op", name, [*EVERY_OP, *SHORT])
 
 
 def shape_of(text: str) -> Shape:
@@ -70,37 +76,73 @@ def check(op: str, providers: Mapping[str, Provider]) -> None:
     """
     for name, provider in providers.items():
         try:
-            provider.check()
+            with backend_of(name):
+                provider.check()
         except Exception as error:
             raise RedGate(f"{op}: {name} is wrong, so nothing is timed: {' '.join(str(error).split())}") from error
 
 
-def measure(op: str, shape: Shape, wanted: Collection[str], threads: int, repeats: int) -> list[Row]:
-    """Checks and times one op at one shape; the ceiling is always among the rows.
+def made(op: str, shape: Shape, wanted: Collection[str], on: Device) -> dict[str, Provider]:
+    """The providers of one op at one shape, checked; the ceiling is always among them.
 
     Raises:
         RedGate: A provider is wrong.
     """
     torch.manual_seed(0)
     torch.compiler.reset()
-    providers = {name: p for name, p in OPS[op](shape).items() if name in wanted or name == CEILING}
-    if not native.available():
-        providers.pop(CPU, None)
-    with use_backend(CPU) if native.available() else contextlib.nullcontext():
-        check(op, providers)
-        runs, cycle = {name: p.run for name, p in providers.items()}, providers[CEILING].cycle
-        return rows(op, shape, threads, interleaved(runs, repeats, cycle))
+    providers = {name: p for name, p in EVERY_OP[op](shape, on.where).items() if name in wanted or name == CEILING}
+    check(op, providers)
+    return providers
+
+
+def measure(
+    op: str, shape: Shape, providers: Mapping[str, Provider], threads: int, repeats: int, on: Device
+) -> list[Row]:
+    """Times one op at one shape."""
+    moved = BYTES[op](shape) if op in BYTES else 0
+    everything = {**providers, **on.copy(moved)} if moved else providers
+    runs, cycle = {name: p.run for name, p in everything.items()}, providers[CEILING].cycle
+    timings = interleaved(runs, repeats, cycle, clock=on.seconds, within=backend_of)
+    speed = images_per_second(shape[0], timings) if op in LOOP_OPS else traffic(moved, timings)
+    for name, provider in everything.items():
+        with backend_of(name):
+            speed[name] |= on.host(provider)
+    return rows(op, shape, threads, timings, speed)
+
+
+def mark(cases: Iterable[tuple[str, Shape]], wanted: Collection[str], on: Device) -> None:
+    """Runs each op's providers in ranges that Nsight shows, after a first call of each outside of them.
+
+    Raises:
+        RedGate: A provider is wrong.
+        UserError: Nsight cannot see the device.
+    """
+    for op, shape in cases:
+        marked = on.nvtx()
+        providers = made(op, shape, wanted, on)
+        for name, provider in providers.items():
+            with backend_of(name):
+                on.seconds(provider.run, provider.cycle)
+        with marked:
+            repeat(op, shape, providers, on)
 
 
 def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line, with ops and shapes as the registry takes them.
 
     Raises:
-        UserError: An unknown op or provider, a bad shape, too few repeats or threads.
+        UserError: An unknown op, provider or device, a bad shape, too few repeats or threads, marks with a file.
     """
     parser = argparse.ArgumentParser(prog="benchmarks.run", description=__doc__, formatter_class=_Raw)
-    parser.add_argument("ops", nargs="*", metavar="OP", help=f"{', '.join(OPS)}, samplers; all where absent")
+    parser.add_argument(
+        "ops", nargs="*", metavar="OP", help=f"{', '.join([*EVERY_OP, *SHORT])}; without any, all but capture"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows and the machine to FILE")
+    parser.add_argument("--device", default="cpu", metavar="NAME", help=f"{' or '.join(device.DEVICES)} (%(default)s)")
+    parser.add_argument(
+        "--trace", type=Path, metavar="FILE", help="also write a Chrome trace of every provider to FILE"
+    )
+    parser.add_argument("--nvtx", action="store_true", help="mark ranges for Nsight and time nothing; on CUDA only")
     parser.add_argument("--threads", type=int, default=2, help="of every provider (%(default)s)")
     parser.add_argument(
         "--shapes",
@@ -114,6 +156,10 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.ops = list(dict.fromkeys(op for name in options.ops for op in ops_of(name))) or list(OPS)
     options.shapes = [shape_of(text) for text in options.shapes]
+    if options.device not in device.DEVICES:
+        raise unknown("device", options.device, device.DEVICES)
+    if options.nvtx and (options.json or options.trace):
+        raise UserError("--nvtx times nothing and writes no file: expected it without --json and --trace")
     for name in options.providers:
         if name not in PROVIDERS:
             raise unknown("provider", name, PROVIDERS)
@@ -135,15 +181,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parsed(words)
         torch.set_num_threads(options.threads)
-        for op in options.ops:
-            for shape in options.shapes or shapes(op):
-                found = measure(op, shape, options.providers, options.threads, options.repeats)
-                print(table(found), end="\n\n", flush=True)
-                measured += found
+        on = device.find(options.device)
+        cases = ((op, shape) for op in options.ops for shape in options.shapes or shapes(op))
+        if options.nvtx:
+            mark(cases, options.providers, on)
+            return 0
+        trace = Trace(on) if options.trace else None
+        for op, shape in cases:
+            providers = made(op, shape, options.providers, on)
+            found = measure(op, shape, providers, options.threads, options.repeats, on)
+            print(table(found, on.where.type), end="\n\n", flush=True)
+            measured += found
+            if trace:
+                trace.add(op, shape, providers)
         if samplers := [row for row in measured if row.op in SAMPLER_OPS]:
             print(summary(samplers), end="\n\n")
+        if trace:
+            trace.write(options.trace)
+            print(f"wrote {options.trace}")
         if options.json:
-            write_json(options.json, document(words, measured))
+            write_json(options.json, document(words, measured, on))
             print(f"wrote {options.json}")
     except RedGate as error:
         print(error, file=sys.stderr)

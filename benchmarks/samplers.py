@@ -10,6 +10,7 @@ own ceiling is lower by as much.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -28,10 +29,10 @@ from bdengine.schedule import Floats, linear
 from bdengine.solvers import SAMPLERS, Nodes, SamplerConfig, Table, stack
 from bdengine.solvers.pndm import RUNGE_KUTTA_STEPS
 from bdengine.solvers.table import End
-from bdkernels import NO_BAD_ROW, native
+from bdkernels import HISTORY_SLOTS, NO_BAD_ROW, STORE_COLUMNS, STORES, Step, Store
 from bdkernels.noise import STREAM_STEP, sample_seeds
 
-from .bench import CEILING, CPU, REFERENCE, Provider, Shape, assert_close
+from .bench import CEILING, HOST, REFERENCE, Provider, Shape, assert_close, ours
 
 STEPS: Final = 20
 TOLERANCE: Final = 1e-5
@@ -128,8 +129,8 @@ def stock_steps(scheduler: Any, start: Tensor, model: Model) -> Iterator[Tensor]
 
 def our_steps(table: Table, start: Tensor, seeds: Tensor, model: Model) -> Iterator[Tensor]:
     """The same for one of our tables, in place as in `bdengine.sampler.Sampler.batch`."""
-    rows, arm = stack([table], start.dtype), torch.zeros_like(seeds)
-    x, steps = torch.empty_like(start), torch.arange(len(table))
+    rows, arm = stack([table], start.dtype).to(start.device), torch.zeros_like(seeds)
+    x, steps = torch.empty_like(start), torch.arange(len(table), device=start.device)
     history = x.new_zeros((table.slots, *x.shape)) if table.slots else None
     bad_row = torch.full_like(seeds[0], NO_BAD_ROW)
     step = bdkernels.bind_step(x, rows, arm, steps, seeds, history=history, bad_row=bad_row)
@@ -151,6 +152,7 @@ class Case:
 
     name: str
     shape: Shape
+    device: torch.device = HOST
 
     @cached_property
     def table(self) -> Table:
@@ -161,7 +163,7 @@ class Case:
     @cached_property
     def seeds(self) -> Tensor:
         """A seed a sample."""
-        return torch.from_numpy(sample_seeds(0, np.arange(self.shape[0])))
+        return torch.from_numpy(sample_seeds(0, np.arange(self.shape[0]))).to(self.device)
 
     @cached_property
     def start(self) -> Tensor:
@@ -206,8 +208,9 @@ class Case:
         """
         scale = self.truth.square().mean().sqrt()
         off = (x - self.truth) / scale
-        assert_close("the end of the loop, root mean square,", off.square().mean().sqrt(), torch.zeros(()), TOLERANCE)
-        assert_close("the end of the loop", off, torch.zeros(()))
+        zero = torch.zeros_like(scale)
+        assert_close("the end of the loop, root mean square,", off.square().mean().sqrt(), zero, TOLERANCE)
+        assert_close("the end of the loop", off, zero)
 
     def check_ours(self) -> None:
         """The loop of our table, which must also have as many rows as stock has steps."""
@@ -218,17 +221,37 @@ class Case:
         self.check(next(islice(loop, rows - 1, None)))
 
 
-def sampler_step(name: str, shape: Shape) -> dict[str, Provider]:
-    """The providers of one sampler's step at ``shape``; without the native module ours is the reference."""
-    case, scheduler = Case(name, shape), STOCK[name].make()
+def history_streams(table: Table) -> float:
+    """How many history slots a row reads and stores into, over all rows.
+
+    A slot is read once, by whichever terms have it.
+    """
+    stores = table.rows[:, Step.STORE : Step.STORE + STORES * STORE_COLUMNS].reshape(-1, STORES, STORE_COLUMNS)
+    in_step = table.rows[:, Step.H : Step.H + HISTORY_SLOTS] != 0
+    in_stores = (stores[:, :, Store.J : Store.J + HISTORY_SLOTS] != 0).any(1)
+    return float(((in_step | in_stores).sum() + (stores[:, :, Store.SLOT] >= 0).sum()) / len(table))
+
+
+def sampler_step_bytes(name: str, shape: Shape) -> float:
+    """Of ``x`` and ``m``, read, ``x'``, written, and the history; the mean over the rows."""
+    return 4 * math.prod(shape) * (3 + history_streams(Case(name, shape).table))
+
+
+def sampler_step(name: str, shape: Shape, device: torch.device = HOST) -> dict[str, Provider]:
+    """The providers of one sampler's step at ``shape``; without a compiled backend ours is the reference."""
+    case, scheduler = Case(name, shape, device), STOCK[name].make()
     generator = torch.Generator().manual_seed(0)
-    m, out = torch.randn(shape, generator=generator), torch.empty(shape)
+    m, out = torch.randn(shape, generator=generator).to(device), torch.empty(shape, device=device)
     start = case.start.float()
     theirs = stock_steps(scheduler, case.stock_start(scheduler).float(), lambda *_: m)
-    ours = our_steps(case.table, start, case.seeds, lambda *_: m)
     rows = len(case.table)
     return {
         "diffusers": Provider(partial(next, theirs), lambda: case.check(case.stock_loop(torch.float32)), rows),
-        CPU if native.available() else REFERENCE: Provider(partial(next, ours), case.check_ours, rows),
+        **{
+            fused: Provider(
+                partial(next, our_steps(case.table, start, case.seeds, lambda *_: m)), case.check_ours, rows
+            )
+            for fused in ours(device) or (REFERENCE,)
+        },
         CEILING: Provider(lambda: torch.add(start, m, out=out), cycle=rows),
     }

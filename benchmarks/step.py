@@ -8,6 +8,7 @@ as theirs do.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,18 @@ from bdengine.solvers import Nodes, ddpm, stack
 from bdkernels import Step, reference, testing
 from bdkernels.noise import STREAM_STEP, normal, sample_seeds
 
-from .bench import CEILING, CPU, REFERENCE, Provider, Shape, assert_close, assert_standard_normal, compiled
+from .bench import (
+    CEILING,
+    HOST,
+    REFERENCE,
+    Provider,
+    Shape,
+    assert_close,
+    assert_standard_normal,
+    compiled,
+    moved,
+    ours,
+)
 
 ROWS, ROW = 1000, 500
 COLUMNS = [Step.A, Step.B, Step.P, Step.Q, Step.Z]
@@ -39,22 +51,28 @@ def indexed(x: Tensor, m: Tensor, table: Tensor, step: Tensor) -> Tensor:
     return by_hand(x, m, torch.randn_like(x), table.index_select(0, step)[0].unbind())
 
 
-def fused_step(shape: Shape) -> dict[str, Provider]:
+def fused_step_bytes(shape: Shape) -> int:
+    """Of ``x`` and ``m``, read, and ``x'``, written."""
+    return 3 * 4 * math.prod(shape)
+
+
+def fused_step(shape: Shape, device: torch.device = HOST) -> dict[str, Provider]:
     """The providers of `bdkernels.fused_step_` at ``shape``."""
-    generator = torch.Generator().manual_seed(0)
-    x, m = (torch.randn(shape, generator=generator) for _ in range(2))
+    drawn = torch.Generator().manual_seed(0)
     sampler = ddpm(Nodes.of(linear(), ROWS)).clipped("x0")
     coefficients = sampler.rows[:, COLUMNS]
-    row, table, step = coefficients[ROW].tolist(), torch.tensor(coefficients, dtype=torch.float32), torch.tensor(ROW)
-    index = np.arange(shape[0])
-    case: dict[str, Any] = {
-        "x": x,
-        "model_output": m,
+    row = coefficients[ROW].tolist()
+    on_host: dict[str, Any] = {
+        "x": torch.randn(shape, generator=drawn),
+        "model_output": torch.randn(shape, generator=drawn),
         "table": stack([sampler]),
         "arm": torch.zeros(shape[0], dtype=torch.int64),
-        "step": step,
-        "seeds": torch.from_numpy(sample_seeds(0, index)),
+        "step": torch.tensor(ROW),
+        "seeds": torch.from_numpy(sample_seeds(0, np.arange(shape[0]))),
     }
+    case = moved(on_host, device)
+    x, m, step = case["x"], case["model_output"], case["step"]
+    table, generator = torch.tensor(coefficients, dtype=torch.float32, device=device), torch.Generator(device)
     absent: dict[str, Any] = dict.fromkeys(("trigger", "region", "arm_inside", "history"))
     scheduler: Any = DDPMScheduler(clip_sample=True)
     scheduler.set_timesteps(ROWS)
@@ -73,7 +91,7 @@ def fused_step(shape: Shape) -> dict[str, Provider]:
     def check_stock() -> None:
         generator.manual_seed(1)
         got = stock()
-        assert_close("x'", got, truth(torch.randn(shape, generator=generator.manual_seed(1))))
+        assert_close("x'", got, truth(torch.randn(shape, generator=generator.manual_seed(1), device=device)))
 
     def check_hand() -> None:
         torch.manual_seed(1)
@@ -92,7 +110,7 @@ def fused_step(shape: Shape) -> dict[str, Provider]:
         assert_standard_normal("its noise", (compiled_step(x, m, table, step) - mean) / row[-1])
 
     def check_reference() -> None:
-        z = torch.from_numpy(normal(case["seeds"].numpy(), shape[1:], ROW, STREAM_STEP))
+        z = torch.from_numpy(normal(on_host["seeds"].numpy(), shape[1:], ROW, STREAM_STEP)).to(device)
         assert_close("x'", reference.fused_step(**case, **absent), truth(z))
 
     in_place, in_place_reference = case | {"x": x.clone()}, case | absent | {"x": x.clone(), "bad_row": None}
@@ -101,9 +119,12 @@ def fused_step(shape: Shape) -> dict[str, Provider]:
         "diffusers": Provider(stock, check_stock),
         "torch": Provider(hand, check_hand),
         "compile": Provider(lambda: compiled_step(x, m, table, step), check_compiled),
-        CPU: Provider(
-            lambda: bdkernels.fused_step_(**in_place),
-            lambda: testing.assert_matches_reference("fused_step_", case | absent),
+        **dict.fromkeys(
+            ours(device),
+            Provider(
+                lambda: bdkernels.fused_step_(**in_place),
+                lambda: testing.assert_matches_reference("fused_step_", on_host | absent, device.type),
+            ),
         ),
         REFERENCE: Provider(lambda: reference.fused_step_(**in_place_reference), check_reference),
         CEILING: Provider(lambda: torch.add(x, m, out=out)),

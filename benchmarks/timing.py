@@ -1,7 +1,7 @@
-"""Wall time of several functions side by side: interleaved, calibrated, with their spread, and from cold caches.
+"""Time of several functions side by side: interleaved, calibrated, with their spread, and from cold caches.
 
-Before each call, untimed, a buffer larger than the last cache is written: in a sampling or training loop the network's
-activations have passed through the caches since the last call.
+Before each call, untimed, a buffer larger than the last cache is passed through: in a sampling or training loop the
+network's activations have been there since the last call. The clock is the host's here, a GPU's own in ``device.py``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -57,33 +58,47 @@ def seconds(run: Callable[[], object], loops: int) -> float:
     return total
 
 
-def calibrate(run: Callable[[], object], least: float) -> int:
+Clock = Callable[[Callable[[], object], int], float]
+"""Seconds that so many calls of a function take."""
+
+
+def calibrate(run: Callable[[], object], least: float, clock: Clock = seconds) -> int:
     """How many calls last ``least`` seconds or longer."""
     loops = 1
-    while (elapsed := seconds(run, loops)) < least:
+    while (elapsed := clock(run, loops)) < least:
         loops = min(10 * loops, math.ceil(1.2 * loops * least / elapsed))
     return loops
 
 
 def interleaved(
-    runs: Mapping[str, Callable[[], object]], repeats: int, cycle: int = 1, least: float = LEAST
+    runs: Mapping[str, Callable[[], object]],
+    repeats: int,
+    cycle: int = 1,
+    least: float = LEAST,
+    clock: Clock = seconds,
+    within: Callable[[str], AbstractContextManager[object]] = nullcontext,
 ) -> dict[str, Timing]:
     """Times every function once a round, ``repeats`` rounds, so that a busy moment falls on all alike.
 
     Args:
         cycle: Where it is not 1, a measurement is so many calls, however short: unequal ones that belong together.
         least: Seconds that a measurement of equal calls lasts at least.
+        clock: Takes the time.
+        within: By name, what a function's calls run in, entered outside of the time taken.
     """
-    for run in runs.values():
-        seconds(run, WARM_UP)
-    loops = {name: calibrate(run, least) if cycle == 1 else cycle for name, run in runs.items()}
+    loops = {}
+    for name, run in runs.items():
+        with within(name):
+            clock(run, WARM_UP)
+            loops[name] = calibrate(run, least, clock) if cycle == 1 else cycle
     samples: dict[str, list[float]] = {name: [] for name in runs}
     collecting = gc.isenabled()
     gc.disable()
     try:
         for _ in range(repeats):
             for name, run in runs.items():
-                samples[name].append(seconds(run, loops[name]) / loops[name])
+                with within(name):
+                    samples[name].append(clock(run, loops[name]) / loops[name])
     finally:
         if collecting:
             gc.enable()

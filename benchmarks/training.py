@@ -8,6 +8,7 @@ returns it. The published one also returns its target, and is given ``y`` and ``
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,7 +26,19 @@ from bdengine.schedule import linear
 from bdkernels import STREAM_TRAINING, Noising, reference, testing
 from bdkernels.noise import normal, sample_seeds
 
-from .bench import CEILING, CPU, REFERENCE, Provider, Shape, assert_close, assert_standard_normal, checked, compiled
+from .bench import (
+    CEILING,
+    HOST,
+    REFERENCE,
+    Provider,
+    Shape,
+    assert_close,
+    assert_standard_normal,
+    checked,
+    compiled,
+    moved,
+    ours,
+)
 
 
 @dataclass(frozen=True)
@@ -33,10 +46,11 @@ class Batch:
     """One training batch of ``shape`` with a white square in the corner as its trigger."""
 
     shape: Shape
+    device: torch.device
 
     @cached_property
-    def case(self) -> dict[str, Any]:
-        """What noising and loss have in common, by name."""
+    def on_host(self) -> dict[str, Any]:
+        """What noising and loss have in common, by name, on the CPU."""
         count, channels, height, width = self.shape
         generator = torch.Generator().manual_seed(0)
         trigger = torch.full((channels, height, width), -1.0)
@@ -54,9 +68,15 @@ class Batch:
         }
 
     @cached_property
+    def case(self) -> dict[str, Any]:
+        """The same on the device."""
+        return moved(self.on_host, self.device)
+
+    @cached_property
     def eps(self) -> Tensor:
         """The noise of the contract, float32."""
-        return torch.from_numpy(normal(self.case["seeds"].numpy(), self.shape[1:], 0, STREAM_TRAINING))
+        eps = normal(self.on_host["seeds"].numpy(), self.shape[1:], 0, STREAM_TRAINING)
+        return torch.from_numpy(eps).to(self.device)
 
     @cached_property
     def wide(self) -> dict[str, Any]:
@@ -101,21 +121,27 @@ def loss(prediction: Tensor, *rest: Tensor) -> Tensor:
 def published(scheduler: Any, y: Tensor, image: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``x_t``, target and ``eps`` as BadDiffusion's released code makes them: coefficients anew at each call."""
     eps = torch.randn_like(y)
-    alpha, alpha_bar = scheduler.alphas, scheduler.alphas_cumprod
+    alpha, alpha_bar = (v.to(t.device) for v in (scheduler.alphas, scheduler.alphas_cumprod))
     shift = 1 - alpha_bar[t] ** 0.5
     rho = ((1 - alpha**0.5) * (1 - alpha_bar) ** 0.5 / (1 - alpha))[t]
     x_t = scheduler.add_noise(y, eps, t) + shift.reshape(-1, 1, 1, 1) * image
     return x_t, eps + rho.reshape(-1, 1, 1, 1) * image, eps
 
 
-def fused_noising(shape: Shape) -> dict[str, Provider]:
+def fused_noising_bytes(shape: Shape) -> int:
+    """Of ``x0``, read, and ``x_t``, written; of the target, trigger and mask that all samples share."""
+    return 2 * 4 * math.prod(shape) + 3 * 4 * math.prod(shape[1:])
+
+
+def fused_noising(shape: Shape, device: torch.device = HOST) -> dict[str, Provider]:
     """The providers of `bdkernels.fused_noising` at ``shape``."""
-    batch = Batch(shape)
+    batch = Batch(shape, device)
     case, wide = batch.case, batch.wide
     names = ("x0", "t", "arm", "table", "target", "trigger", "mask")
     inputs, truth_inputs = ([source[name] for name in names] for source in (case, wide))
     target_inputs = [wide[name] for name in ("x0", "t", "arm", "table", "trigger", "mask")]
-    full = case | dict.fromkeys(("flip", "region", "arm_inside")) | {"dtype": torch.float32}
+    absent = dict.fromkeys(("flip", "region", "arm_inside"))
+    full, full_on_host = (source | absent | {"dtype": torch.float32} for source in (case, batch.on_host))
     poisoned = (case["arm"] > 0).reshape(-1, 1, 1, 1)
     y = torch.where(poisoned, case["target"], case["x0"])
     image = torch.where(poisoned, case["mask"] * case["x0"] + case["trigger"], 0.0)
@@ -135,8 +161,12 @@ def fused_noising(shape: Shape) -> dict[str, Provider]:
         "diffusers": checked(lambda: published(scheduler, y, image, case["t"]), check_published),
         "torch": checked(lambda: noised_and_eps(*inputs), check),
         "compile": checked(lambda: compiled_noising(*inputs), check),
-        CPU: Provider(
-            lambda: bdkernels.fused_noising(**case), lambda: testing.assert_matches_reference("fused_noising", full)
+        **dict.fromkeys(
+            ours(device),
+            Provider(
+                lambda: bdkernels.fused_noising(**case),
+                lambda: testing.assert_matches_reference("fused_noising", full_on_host, device.type),
+            ),
         ),
         REFERENCE: Provider(
             lambda: reference.fused_noising(**full), lambda: check(reference.fused_noising(**full), batch.eps)
@@ -145,21 +175,27 @@ def fused_noising(shape: Shape) -> dict[str, Provider]:
     }
 
 
-def fused_loss(shape: Shape) -> dict[str, Provider]:
+def fused_loss_bytes(shape: Shape) -> int:
+    """Of the prediction and ``x0``, read, and the gradient, written; of the trigger and mask that all samples share."""
+    return 3 * 4 * math.prod(shape) + 2 * 4 * math.prod(shape[1:])
+
+
+def fused_loss(shape: Shape, device: torch.device = HOST) -> dict[str, Provider]:
     """The providers of `bdkernels.fused_loss` at ``shape``: the value and the gradient in the prediction."""
-    batch = Batch(shape)
+    batch = Batch(shape, device)
     case = {name: value for name, value in batch.case.items() if name != "target"}
     names = ("x0", "t", "arm", "table", "trigger", "mask")
     inputs = [batch.eps, *(case[name] for name in names)]
-    prediction = torch.randn(shape, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    full = {
-        "prediction": prediction.detach(),
-        **case,
+    on_host = {
+        "prediction": torch.randn(shape, generator=torch.Generator().manual_seed(1)),
+        **{name: value for name, value in batch.on_host.items() if name != "target"},
         **dict.fromkeys(("flip", "region", "arm_inside")),
-        "scale": 1 / prediction.numel(),
+        "scale": 1 / math.prod(shape),
     }
+    full = moved(on_host, device)
+    prediction = full["prediction"].clone().requires_grad_()
     compiled_loss = compiled(loss)
-    out = torch.empty(shape)
+    out = torch.empty(shape, device=device)
 
     def with_gradient(value: Tensor) -> tuple[Tensor, Tensor]:
         return value, torch.autograd.grad(value, prediction)[0]
@@ -170,12 +206,12 @@ def fused_loss(shape: Shape) -> dict[str, Provider]:
         assert_close("loss", value.detach(), difference.square().mean())
         assert_close("gradient", gradient * difference.numel(), 2 * difference)
 
-    def ours() -> tuple[Tensor, Tensor]:
+    def fused() -> tuple[Tensor, Tensor]:
         return with_gradient(bdkernels.fused_loss(prediction, **case).sum())
 
     def check_ours() -> None:
-        testing.assert_matches_reference("fused_loss", full)
-        check(*ours())
+        testing.assert_matches_reference("fused_loss", on_host, device.type)
+        check(*fused())
 
     def check_reference(value: Tensor, gradient: Tensor) -> None:
         check(value.sum(), gradient)
@@ -183,7 +219,7 @@ def fused_loss(shape: Shape) -> dict[str, Provider]:
     return {
         "torch": checked(lambda: with_gradient(loss(prediction, *inputs)), check),
         "compile": checked(lambda: with_gradient(compiled_loss(prediction, *inputs)), check),
-        CPU: Provider(ours, check_ours),
+        **dict.fromkeys(ours(device), Provider(fused, check_ours)),
         REFERENCE: checked(lambda: reference.fused_loss(**full), check_reference),
         CEILING: Provider(lambda: torch.add(full["prediction"], case["x0"], out=out)),
     }

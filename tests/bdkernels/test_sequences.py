@@ -220,3 +220,19 @@ def test_what_a_bound_step_reads_stays_alive() -> None:
     assert all(torch.full(size, torch.nan).data_ptr() != place for _ in range(10))
     step(m, 0)
     assert_same_bits("x", arguments["x"], expected)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_profiler_sees_each_call_under_the_name_of_the_op(backend: str) -> None:
+    """Also a step that was bound before it was started; the results do not change with it."""
+    arguments, m = bound_loop()
+    expected = arguments["x"].clone()
+    with use_backend(backend):
+        step, silent = bdkernels.bind_step(**arguments), bdkernels.bind_step(**{**arguments, "x": expected})
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            for k in range(3):
+                step(m, k)
+        for k in range(3):
+            silent(m, k)
+    assert [event.name for event in profile.events()].count("bdk::fused_step_") == 3
+    assert_same_bits("x", arguments["x"], expected)

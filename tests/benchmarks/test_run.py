@@ -12,7 +12,7 @@ import torch
 
 from bdkernels import native, reference
 from benchmarks import bench, report, run, step, timing
-from benchmarks.registry import OPS, SAMPLER_OPS, shapes
+from benchmarks.registry import EVERY_OP, OPS, SAMPLER_OPS, shapes
 
 TINY = ("--shapes", "2x3x4x4", "--threads", "1", "--repeats", "7")
 UNCOMPILED = ("--providers", "diffusers", "torch", "cpu", "reference")
@@ -31,7 +31,7 @@ def test_every_op_is_checked_measured_and_written(tmp_path: Path, capsys: pytest
     document = json.loads(file.read_text())
     assert set(document) == {"machine", "rows"}
     assert set(document["machine"]) == {
-        "cpu", "cores", "vector", "os", "torch", "native", "versions", "caches", "load", "commit", "date", "command",
+        "device", "cpu", "cores", "vector", "os", "torch", "native", "versions", "caches", "load", "commit", "date", "command",
     }  # fmt: skip
     assert document["machine"]["command"].startswith("python -m benchmarks.run --shapes 2x3x4x4 --threads 1")
     ours = ["cpu", "reference"] if native.available() else ["reference"]
@@ -143,12 +143,12 @@ def test_gates_refuse_nan_and_bias() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", [op for op in OPS if op not in SAMPLER_OPS and op != "network_training"])
+@pytest.mark.parametrize("op", [op for op in OPS if op not in SAMPLER_OPS])
 def test_the_compiler_passes_the_gate(op: str) -> None:
     OPS[op]((4, 3, 8, 8))["compile"].check()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", ["network", "network_training"])
+@pytest.mark.parametrize("op", ["network/forward", "network/training"])
 def test_the_accelerated_network_passes_the_gate_under_the_compiler(op: str) -> None:
-    OPS[op]((4, 3, 8, 8))["cpu+graph"].check()
+    EVERY_OP[op]((4, 3, 8, 8))["cpu+graph"].check()
