@@ -82,9 +82,24 @@ class Seeds(Sequence[int]):
         Raises:
             UserError: It is not there.
         """
+        one, end = self._around(seed)
+        return end - len(one) + one.index(seed)
+
+    def require(self, seeds: Seeds) -> None:
+        """Refuse seeds that are not all among these.
+
+        Raises:
+            UserError: As said, naming the first.
+        """
+        for one in seeds.ranges:
+            seed = one.start
+            while seed < one.stop:
+                seed = self._around(seed)[0].stop
+
+    def _around(self, seed: int) -> tuple[range, int]:
         for one, end in zip(self.ranges, self._ends, strict=True):
             if seed in one:
-                return end - len(one) + one.index(seed)
+                return one, end
         raise UserError(f"seed {seed} is not among them: expected some of {self}")
 
     def __str__(self) -> str:

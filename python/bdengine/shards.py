@@ -223,8 +223,7 @@ class Shards:
         Raises:
             UserError: A seed that is not there, or a shard that is missing or damaged; or as `write_atomic`.
         """
-        for one in seeds.ranges:
-            self.seeds.place(one[0])
+        self.seeds.require(seeds)
         held, pixels = -1, torch.empty(0)
         for seed in seeds:
             k, row = divmod(self.seeds.place(seed), self.size)
