@@ -1,4 +1,6 @@
-"""The command line: ``bdengine demo | train | sample | evaluate | defend | samplers | convert | env``, each with ``--help``."""
+"""The command line: ``bdengine demo | train | sample | export | evaluate | defend | samplers | convert | env``, each with
+``--help``.
+"""
 
 from __future__ import annotations
 
@@ -13,44 +15,33 @@ import tyro
 from . import checkpoint
 from .errors import UserError, unknown
 from .memory import keep_freed
+from .shards import Format
 from .solvers import Clip
-
-MOST_SEEDS = 10_000_000
-"""Of one run of ``bdengine sample``: each is a file."""
-
-
-def seeds_of(text: str) -> list[int]:
-    """``"0-63"``, ``"7"`` or ``"1,5,8-11"`` as seeds.
-
-    Raises:
-        UserError: Anything else, no seed, or more than `MOST_SEEDS`.
-    """
-    ranges: list[range] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise UserError(f"seeds {text!r} is not a list of seeds: expected something like 0-63 or 1,5,8-11")
-        ranges.append(range(int(first), int(last or first) + 1))
-    count = sum(max(0, r.stop - r.start) for r in ranges)
-    if not 1 <= count <= MOST_SEEDS:
-        many = "no seed" if count == 0 else f"{count:,} seeds"
-        raise UserError(f"seeds {text!r} names {many}: expected 1 to {MOST_SEEDS:,} of them, as in 0-63")
-    return [seed for one in ranges for seed in one]
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Sample a checkpoint: one PNG a seed, a picture of all, and run.json.
+    """Sample a checkpoint: one PNG a seed, or shards of many seeds with an index; a picture of the first, and run.json.
 
     bdengine sample digits-badiffusion --seeds 0-31 --out runs/clean
 
     bdengine sample digits-badiffusion --seeds 0-31 --trigger XXSM_BOX --clip latent --out runs/clipped
+
+    torchrun --nproc-per-node 2 -m bdengine sample digits-clean --seeds 0-99999 --format npy --frechet digits --out runs/many
     """
 
     checkpoint: tyro.conf.Positional[str]
     """A diffusers folder, a run of bdengine train, a hub name, digits-clean or digits-badiffusion."""
     out: Path
     """Folder for the images; those that are there already are kept."""
+    format: Format = "png"
+    """A file a seed, or shards: NumPy arrays, or tar files as WebDataset reads them."""
+    shard: int = 4096
+    """Seeds of a shard, best a multiple of the micro-batch."""
+    frechet: str | None = None
+    """Fréchet distance of the shards' images: digits, or a safetensors file of Inception weights."""
+    data: str | None = None
+    """The clean data that frechet compares with; what the checkpoint was trained on where absent."""
     seeds: str = "0-15"
     """0-63, or 1,5,8-11. Seed k always has the same noise, and with exact the same bits."""
     sampler: str | None = None
@@ -71,6 +62,21 @@ class SampleConfig:
     """Images that go through the network at once."""
     exact: bool = False
     """Refuse a micro-batch in which an image's last bits depend on its neighbours."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Images of a folder of shards as PNG files.
+
+    bdengine export runs/many --seeds 5,7 --out runs/some
+    """
+
+    folder: tyro.conf.Positional[Path]
+    """What bdengine sample wrote with format npy or tar."""
+    out: Path
+    """Folder for the images."""
+    seeds: str = "0-15"
+    """0-63, or 1,5,8-11."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +210,17 @@ def _sample(arguments: Sequence[str]) -> int:
     return sample(tyro.cli(SampleConfig, prog="bdengine sample", args=arguments))
 
 
+def _export(arguments: Sequence[str]) -> int:
+    from .seeds import Seeds
+    from .shards import Shards
+
+    config = tyro.cli(ExportConfig, prog="bdengine export", args=arguments)
+    seeds = Seeds.parse(config.seeds)
+    Shards.open(config.folder).export(seeds, config.out)
+    print(f"wrote {len(seeds)} images to {config.out}")
+    return 0
+
+
 def _evaluate(arguments: Sequence[str]) -> int:
     from .commands import evaluate
 
@@ -257,6 +274,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "demo": (_demo, "implant, trigger and defend on real digits, in five minutes"),
     "train": (_train, "train or fine-tune, clean or poisoned"),
     "sample": (_sample, "images of a checkpoint, by seed"),
+    "export": (_export, "images of a folder of shards, by seed"),
     "evaluate": (_evaluate, "attack and quality scores of a checkpoint"),
     "defend": (_defend, "look for a backdoor in a checkpoint, with one defense"),
     "samplers": (_samplers, "the samplers, with order, evaluations and noise"),

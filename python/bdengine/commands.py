@@ -12,21 +12,26 @@ from torch import Tensor
 from . import checkpoint, pictures, report
 from .accelerate import accelerate
 from .attacks import AttackConfig
-from .cli import EvaluateConfig, SampleConfig, device, seeds_of
+from .cli import EvaluateConfig, SampleConfig, device
 from .config import claim, from_json, to_json
 from .data import Images, load
+from .distributed import Ranks, join
 from .errors import UserError
 from .evaluate import ClassTarget, Reference, sample_arms, score_arms
-from .extractors import DigitFeatures, Extractor, InceptionFeatures
-from .files import read_json, write_json
-from .metrics import check_threshold
+from .extractors import Extractor, extractor_of
+from .files import read_json, remove_leftovers, write_json
+from .metrics import FrechetStatistics, check_threshold, frechet
 from .networks import Network
 from .own import OWN, in_unit_range, is_preserving, own_table
-from .sampler import Arm, Sampler, check_seeds
+from .sampler import Arm, Sampler
 from .schedule import Schedule
+from .seeds import Seeds
+from .shards import PngFiles, Shards
 from .shipped import find
 from .solvers import SamplerConfig, Table
+from .streamed import Streamed, statistics_of
 from .triggers import LEARNED, class_of, trigger
+from .volume import fill
 
 OWN_STEPS: Final = 50
 """Of a checkpoint's own scheduler where nobody says."""
@@ -119,11 +124,17 @@ class Model:
 
 
 def sample(config: SampleConfig) -> int:
-    """Run ``bdengine sample``."""
-    seeds = seeds_of(config.seeds)
-    check_seeds(seeds)
+    """Run ``bdengine sample``, as one rank of those that torchrun started, if it did."""
+    seeds = Seeds.parse(config.seeds)
     if config.trigger_file and not config.trigger:
         raise UserError(f"the trigger file {config.trigger_file} was given without a trigger: expected --trigger IMAGE")
+    if config.frechet and config.format == "png":
+        raise UserError("a Fréchet distance was asked for with --format png: expected --format npy or tar")
+    with join() as ranks:
+        return _sample(config, seeds, ranks)
+
+
+def _sample(config: SampleConfig, seeds: Seeds, ranks: Ranks) -> int:
     model = Model.load(config.checkpoint)
     table, sampler = model.table(config)
     start, arm = None, Arm(table)
@@ -131,24 +142,46 @@ def sample(config: SampleConfig) -> int:
         start = model.trigger(config.trigger, config.trigger_file)
         arm = model.triggered(table, replace(model.attack, trigger=config.trigger), start)
     run = Sampler(model.network, {"": arm.clipped(config.clip)}, config.micro_batch, config.exact)
-    described = to_json(config) | {
+    about = {
         "sampler": sampler,
         "weights_sha256": checkpoint.digest(model.network.state_dict()),
         "trigger_sha256": None if start is None else checkpoint.digest({"trigger": start}),
     }
-    # Only the bit-exact mode promises the same bits again, and only with the same micro-batch.
-    free = ("out", "seeds", "checkpoint", "trigger_file") + (() if config.exact else ("micro_batch",))
-    claim(config.out / "run.json", described, free)
-    missing = [seed for seed in seeds if not pictures.path_of(config.out, seed).exists()]
-    if missing:
-
-        def save(_: str, seed: int, image: Tensor) -> None:
-            pictures.save_images(config.out, [seed], (2 * image - 1 if in_unit_range(model.scheduler) else image)[None])
-
-        run(missing, progress=True, done=save)
-    shown = pictures.load_images(config.out, seeds[:64])
-    pictures.save_png(config.out / "grid.png", pictures.grid(shown))
-    print(f"wrote {len(missing)} images to {config.out} ({len(seeds) - len(missing)} were there)")
+    free = ["out", "checkpoint", "trigger_file", "frechet", "data"]
+    folder: PngFiles | Shards
+    streamed = None
+    if config.format == "png":
+        # Only the bit-exact mode promises the same bits again, and only with the same micro-batch.
+        free += ["seeds", "shard"] + ([] if config.exact else ["micro_batch"])
+        folder = PngFiles(config.out, seeds, config.micro_batch)
+    else:
+        folder = Shards(config.out, seeds, config.shard, config.format, model.network.sample_shape)
+        if config.frechet:
+            streamed = Streamed(folder, extractor_of(config.frechet), device())
+    data, real = None, None
+    if ranks.rank == 0:
+        if streamed:
+            data, real = _real(config, model, streamed)
+        claim(config.out / "run.json", to_json(config) | about, free)
+        remove_leftovers(config.out)
+    ranks.together(0)  # nobody writes before the folder is known to be this run's
+    unit = in_unit_range(model.scheduler)
+    made, there = fill(folder, run, ranks, streamed, lambda images: 2 * images - 1 if unit else images)
+    if ranks.rank > 0:
+        return 0
+    folder.finish({"micro_batch": config.micro_batch, "clip": config.clip, "trigger": config.trigger} | about)
+    pictures.save_png(config.out / "grid.png", pictures.grid(folder.first(64)))
+    print(f"wrote {made} images to {config.out} ({there} were there)")
+    if streamed and data and real:
+        score = {
+            "frechet": frechet(real, streamed.total()),
+            "images": len(seeds),
+            "extractor": streamed.extractor.name,
+            "data": data.name,
+            "data_images": len(data),
+        }
+        write_json(config.out / "frechet.json", score)
+        print(f"Fréchet distance {score['frechet']:.6g} of {len(seeds)} images to {len(data)} of {data.name}")
     return 0
 
 
@@ -167,15 +200,28 @@ def _goal(names: AttackConfig, r: Tensor, data: Images, extractor: Extractor) ->
     return ClassTarget(label, Reference.of(data.of_class(label), extractor))
 
 
-def _extractor(name: str) -> Extractor:
-    return DigitFeatures() if name == "digits" else InceptionFeatures(Path(name))
+def _real(config: SampleConfig, model: Model, streamed: Streamed) -> tuple[Images, FrechetStatistics]:
+    """The clean data and its statistics, refused where the distance to it could not be told at the end."""
+    data = model.data(config.data)
+    real = statistics_of(data.pixels, streamed.extractor, streamed.device)
+    if len(streamed.shards.seeds) <= len(real.total):
+        raise UserError(
+            f"a Fréchet distance of {len(streamed.shards.seeds)} images with {len(real.total)} features:"
+            f" expected at least {len(real.total) + 1} images"
+        )
+    return data, real
 
 
 def evaluate(config: EvaluateConfig) -> int:
-    """Run ``bdengine evaluate``."""
+    """Run ``bdengine evaluate``, as one rank of those that torchrun started, if it did."""
     if config.images < 1:
         raise UserError(f"{config.images} images were asked for: expected at least 1")
     check_threshold(config.threshold)
+    with join() as ranks:
+        return _evaluate(config, ranks)
+
+
+def _evaluate(config: EvaluateConfig, ranks: Ranks) -> int:
     model = Model.load(config.checkpoint)
     attack = model.attack
     names = replace(
@@ -188,14 +234,16 @@ def evaluate(config: EvaluateConfig) -> int:
     if attack.name == "none" and not (config.trigger and config.target):
         raise UserError(f"{config.checkpoint} does not say how it was attacked: expected --trigger and --target")
     r = model.trigger(names.trigger, names.trigger_file)
-    data = model.data(config.data)
-    reference = Reference.of(data, _extractor(config.extractor))
-    y = _goal(names, r, data, reference.extractor)
+    data, extractor = model.data(config.data), extractor_of(config.extractor)
+    y = _goal(names, r, data, extractor)
     table, sampler = model.table(config)
     triggered = model.triggered(table, names, r)
     arms, speed = sample_arms(
-        model.network, Arm(table), triggered, range(config.images), config.micro_batch, progress=True
+        model.network, Arm(table), triggered, range(config.images), config.micro_batch, ranks.rank == 0, ranks
     )
+    if ranks.rank > 0:
+        return 0
+    reference = Reference.of(data, extractor)
     scores = {
         "source": Path(config.checkpoint).name,
         "arms": score_arms(arms, y, reference, config.threshold),

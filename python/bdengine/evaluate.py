@@ -15,6 +15,7 @@ from .arms import Arm
 from .data import Images, to_float
 from .defenses import clipping
 from .digits import classify
+from .distributed import ALONE, Ranks
 from .extractors import Extractor
 from .metrics import FrechetStatistics
 from .networks import Network
@@ -86,14 +87,16 @@ def sample_arms(
     seeds: Sequence[int],
     micro_batch: int = 64,
     progress: bool = False,
+    ranks: Ranks = ALONE,
 ) -> tuple[Arms, float]:
     """Images of every arm from the same seeds, and images per second over all of them.
 
-    A seed's arms stand side by side in a batch and share their noise.
+    A seed's arms stand side by side in a batch and share their noise. Each of the ``ranks`` that share the work has all images.
     """
     arms = clipping.arms(clean, triggered)
     begun = time.perf_counter()
-    images = Sampler(network, {"/".join(key): arm for key, arm in arms.items()}, micro_batch)(seeds, progress=progress)
+    sampler = Sampler(network, {"/".join(key): arm for key, arm in arms.items()}, micro_batch)
+    images = sampler(seeds, progress=progress, ranks=ranks)
     speed = len(arms) * len(seeds) / (time.perf_counter() - begun)
     return dict(zip(arms, images.values(), strict=True)), speed
 

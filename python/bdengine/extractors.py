@@ -117,6 +117,15 @@ class InceptionFeatures:
         return maps
 
 
+def extractor_of(name: str) -> Extractor:
+    """``digits``, or the Inception of a safetensors file of weights.
+
+    Raises:
+        UserError: As `InceptionFeatures`.
+    """
+    return DigitFeatures() if name == "digits" else InceptionFeatures(Path(name))
+
+
 def check_images(images: Tensor, name: str = "images") -> Tensor:
     """``images`` in float32.
 

@@ -76,6 +76,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Removes what killed calls of `write_atomic` left in ``folder``; no other may be writing there.
+
+    Raises:
+        UserError: The system refused.
+    """
+    with _explained(folder):
+        for file in folder.glob(".*.tmp"):
+            file.unlink()
+
+
 @contextmanager
 def replace_folder(path: Path, *, replaceable: Collection[str] = ()) -> Iterator[Path]:
     """Yields an empty folder that takes the place of ``path`` when the block ends well, and vanishes when it does not.

@@ -42,7 +42,7 @@ def grid(images: Tensor, columns: int = 8, scale: int = 4, gap: int = 1) -> Imag
         UserError: No images, another shape or channel number, NaN, integers, ``columns`` or ``scale`` below 1, or a
             negative ``gap``.
     """
-    pictures = _pictures(images)
+    pictures = of_images(images)
     if min(columns, scale) < 1 or gap < 0:
         raise UserError(
             f"a grid of {columns} columns, scale {scale} and gap {gap}: expected at least 1 column, scale 1 and gap 0"
@@ -150,7 +150,7 @@ def save_images(folder: Path, seeds: Sequence[int], images: Tensor) -> None:
         UserError: As :func:`grid` and :func:`save_png`, or another number of seeds; nothing is written but for an
             error of the system.
     """
-    pictures = _pictures(images)
+    pictures = of_images(images)
     if len(seeds) != len(pictures):
         raise UserError(f"{len(seeds)} seeds for {len(pictures)} images: expected one each")
     for seed, picture in zip(seeds, pictures, strict=True):
@@ -180,7 +180,7 @@ def load_images(folder: Path, seeds: Sequence[int], channels: int = 3) -> Tensor
     return to_float(torch.stack(pixels))
 
 
-def _pictures(images: Tensor) -> list[Image.Image]:
+def of_images(images: Tensor) -> list[Image.Image]:
     if images.ndim != 4 or images.shape[2] != images.shape[3] or 0 in images.shape:
         raise UserError(f"images of shape {list(images.shape)}: expected [N, C, S, S] with N at least 1")
     pillow_mode(images.shape[1])

@@ -12,7 +12,7 @@ The arms of a seed (clean, triggered, clipped, other samplers) share its noise a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Final
 
@@ -25,8 +25,10 @@ from bdkernels import NO_BAD_ROW, STREAM_STEP, Step
 
 from .arms import Arm, Arms
 from .capture import Loop, check_device
+from .distributed import ALONE, Ranks
 from .errors import UserError
 from .networks import Network, micro_batch_is_exact, split_spread
+from .seeds import check_seeds
 
 QUANTILE: Final = 0.995
 """Of `thresholded`."""
@@ -138,35 +140,62 @@ class Sampler:
             m = torch.where(arms.of_pixels(arms.dynamic, arm), thresholded(m, a * x + d * trigger, b), m)
         return m
 
+    def batches(self, seeds: Sequence[int], ranks: Ranks = ALONE) -> Iterator[tuple[int, Tensor]]:
+        """The samples of ``seeds``, a micro-batch after the other, cut in the same places whatever the ranks.
+
+        Sample ``i`` is that of ``seeds[i // A]`` in arm ``i % A``, of A arms.
+
+        Args:
+            seeds: 64-bit seeds.
+            ranks: Only this rank's micro-batches.
+
+        Yields:
+            The number of a micro-batch's first sample, and its samples, float32 [n, C, H, W] on the network's device.
+
+        Raises:
+            UserError: No seeds, or one that is not a 64-bit integer.
+        """
+        check_seeds(seeds)
+        arms, n = len(self.arms.names), self.micro_batch
+        count = arms * len(seeds)
+        for k in ranks.share(-(-count // n)):
+            here = range(k * n, min((k + 1) * n, count))
+            padded = [*here, *[here[0]] * (n - len(here))]
+            arm, seed = torch.tensor([(i % arms, seeds[i // arms]) for i in padded], device=self.rows.device).T
+            yield here[0], self.batch(arm.contiguous(), seed.contiguous())[: len(here)]
+
     def __call__(
-        self, seeds: Sequence[int], *, progress: bool = False, done: Callable[[str, int, Tensor], None] | None = None
+        self,
+        seeds: Sequence[int],
+        *,
+        progress: bool = False,
+        done: Callable[[str, int, Tensor], None] | None = None,
+        ranks: Ranks = ALONE,
     ) -> dict[str, Tensor]:
         """The images of ``seeds`` in every arm, by arm: float32 [len(seeds), C, H, W] on the CPU, about [-1, 1].
 
         Args:
             seeds: 64-bit seeds.
             progress: Show a progress bar.
-            done: Called with (arm, seed, image) as soon as an image is made.
+            done: Called with (arm, seed, image) as soon as an image is made by this rank.
+            ranks: Share the work with other ranks; each returns all images.
 
         Raises:
             UserError: No seeds, or one that is not a 64-bit integer.
+            Stopped: Another rank ended.
         """
-        check_seeds(seeds)
-        device, count = self.arms.table.device, len(seeds)
-        arm = torch.arange(len(self.arms.names), device=device).repeat(count)
-        seed = torch.tensor(list(seeds), device=device, dtype=torch.int64).repeat_interleave(len(self.arms.names))
-        out = torch.empty((len(arm), *self.shape))
-        bar = tqdm(total=len(arm), unit="img", desc="sampling", disable=not progress)
-        for at in range(0, len(arm), self.micro_batch):
-            here = torch.arange(at, min(at + self.micro_batch, len(arm)), device=device)
-            padded = torch.nn.functional.pad(here, (0, self.micro_batch - len(here)), value=at)
-            out[at : at + len(here)] = self.batch(arm[padded], seed[padded])[: len(here)]
+        names = self.arms.names
+        out = torch.zeros(len(names) * len(seeds), *self.shape)
+        bar = tqdm(total=len(out), unit="img", desc="sampling", disable=not progress)
+        for at, images in self.batches(seeds, ranks):
+            out[at : at + len(images)] = images
             if done:
-                for i in range(at, at + len(here)):
-                    done(self.arms.names[i % len(self.arms.names)], seeds[i // len(self.arms.names)], out[i])
-            bar.update(len(here))
+                for i in range(at, at + len(images)):
+                    done(names[i % len(names)], seeds[i // len(names)], out[i])
+            bar.update(min(ranks.world * len(images), len(out) - bar.n))
         bar.close()
-        return {name: out[i :: len(self.arms.names)] for i, name in enumerate(self.arms.names)}
+        ranks.fill_in(out)
+        return {name: out[i :: len(names)] for i, name in enumerate(names)}
 
 
 def langevin(x: Tensor, score: Tensor, z: Tensor, snr: float) -> Tensor:
@@ -209,16 +238,3 @@ def thresholded(m: Tensor, known: Tensor, b: Tensor) -> Tensor:
     x0 = known + b * m
     bound = torch.quantile(x0.abs().flatten(1), QUANTILE, dim=1).clamp(min=1)[:, None, None, None]
     return (x0.clamp(-bound, bound) / bound - known) / b
-
-
-def check_seeds(seeds: Sequence[int]) -> None:
-    """Refuse an empty sequence and anything that is not a 64-bit integer.
-
-    Raises:
-        UserError: As said.
-    """
-    if len(seeds) == 0:
-        raise UserError("0 images were asked for: expected at least 1 seed")
-    for seed in seeds:
-        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-            raise UserError(f"seed {seed!r} is not a seed: expected an integer of 64 bits")

@@ -10,8 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from bdengine.checkpoint import load_unet
-from bdengine.cli import COMMANDS, main, seeds_of
-from bdengine.errors import UserError
+from bdengine.cli import COMMANDS, main
 
 
 def run(*arguments: object) -> int:
@@ -30,17 +29,6 @@ def test_usage_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--help") == 0
     out = capsys.readouterr().out
     assert all(command in out for command in COMMANDS)
-
-
-def test_seeds() -> None:
-    assert seeds_of("0-3") == [0, 1, 2, 3]
-    assert seeds_of("1, 5,8-9") == [1, 5, 8, 9]
-    for bad in ("", "a", "3-", "1.5"):
-        with pytest.raises(UserError, match="expected something like"):
-            seeds_of(bad)
-    for bad, many in {"5-2": "no seed", "0-99999999999": "100,000,000,000 seeds"}.items():
-        with pytest.raises(UserError, match=f"names {many}: expected 1 to 10,000,000 of them"):
-            seeds_of(bad)
 
 
 def test_sample_writes_a_png_a_seed_and_keeps_those_there(
@@ -118,7 +106,24 @@ MISTAKES = {
     "data": (("train", "--data", "/no/folder", "--out", "{tmp}/o"), "there is no folder '/no/folder'"),
     "trigger": (("sample", "{tiny}", "--trigger", "BOX_41", "--out", "{tmp}/o"), "unknown trigger 'BOX_41'.*'BOX_4'"),
     "steps": (("sample", "{tiny}", "--steps", "0", "--out", "{tmp}/o"), "steps is 0: expected 1 to 1000"),
-    "seeds": (("sample", "{tiny}", "--seeds", "9-1", "--out", "{tmp}/o"), "names no seed"),
+    "seeds": (("sample", "{tiny}", "--seeds", "9-1", "--out", "{tmp}/o"), "name no seed"),
+    "too many files": (
+        ("sample", "{tiny}", "--seeds", "0-10000000", "--out", "{tmp}/o"),
+        "10,000,001 images as png: exp",
+    ),
+    "format": (
+        ("sample", "{tiny}", "--frechet", "digits", "--out", "{tmp}/o"),
+        "with --format png: expected --format npy",
+    ),
+    "shard": (
+        ("sample", "{tiny}", "--format", "npy", "--shard", "0", "--out", "{tmp}/o"),
+        "a shard of 0 images: expected 1 to 8,",
+    ),
+    "few images": (
+        ("sample", "{tiny}", "--format", "npy", "--frechet", "digits", "--seeds", "0-31", "--out", "{tmp}/o"),
+        "distance of 32 images with 32 features: expected at least 33 images",
+    ),
+    "no shards": (("export", "{tmp}", "--out", "{tmp}/o"), "has no index.json: expected the folder of a finished run"),
     "images": (("evaluate", "{tiny}", "--images", "0", "--out", "{tmp}/o"), "0 images were asked for"),
     "attack": (("evaluate", "{tiny}", "--out", "{tmp}/o"), "does not say how it was attacked"),
     "rate": (

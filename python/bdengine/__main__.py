@@ -1,0 +1,7 @@
+"""``python -m bdengine``, as ``torchrun -m bdengine`` starts it."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())
