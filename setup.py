@@ -4,7 +4,8 @@ Without them the install succeeds, on the reference backend. `pip install .`, or
 a checkout. Neither torch nor a GPU is needed to build.
 
 ``BDK_CUDA_ARCHS="80;90"`` builds for these compute capabilities alone, ``BDK_CUDA=0`` leaves CUDA out. nvcc is looked for
-on PATH, then in ``CUDA_HOME``.
+on PATH, in ``CUDA_HOME``, and among what pip has installed (nvidia-cuda-nvcc with nvidia-cuda-runtime, and nvidia-nvvm and
+nvidia-cuda-crt of the same version); for the last, ``pip install .`` needs ``--no-build-isolation``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sysconfig
 from glob import glob
 from pathlib import Path
 
@@ -67,11 +69,14 @@ CUDA_ARCHS = ["75", "80", "86", "89", "90", "100", "120"]
 
 
 def find_nvcc() -> str | None:
-    """Path of nvcc, None where there is none or it is not wanted."""
+    """nvcc on PATH, in CUDA_HOME or of the pip package nvidia-cuda-nvcc; None where there is none or it is not wanted."""
     if os.environ.get("BDK_CUDA") == "0":
         return None
-    home = os.environ.get("CUDA_HOME")
-    return shutil.which("nvcc") or (shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None)
+    places = [os.environ.get("PATH", os.defpath)]
+    if home := os.environ.get("CUDA_HOME"):
+        places.append(str(Path(home, "bin")))
+    places += glob(str(Path(sysconfig.get_path("purelib"), "nvidia", "cu*", "bin")))
+    return shutil.which("nvcc", path=os.pathsep.join(places))
 
 
 def gencode(nvcc: str) -> list[str]:
@@ -86,9 +91,9 @@ def gencode(nvcc: str) -> list[str]:
 
 
 def cuda_library_dirs(nvcc: str) -> list[str]:
-    """Where nvcc finds ``libcudart_static.a``, in its own words: on PATH there may be a wrapper only."""
+    """Where ``libcudart_static.a`` is: in nvcc's own words, as on PATH there may be a wrapper only, or beside pip's nvcc."""
     said = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=True).stderr
-    return re.findall(r'"-L([^"]+)"', said)
+    return [*re.findall(r'"-L([^"]+)"', said), str(Path(nvcc).parent.parent / "lib")]
 
 
 class BuildNative(build_ext):
