@@ -26,9 +26,9 @@ REFERENCE, CEILING, COPY = "reference", "ceiling", "copy"
 PEERS: Final = ("diffusers", "torch", "compile")
 OURS: Final = {"cpu": (CPU,), "cuda": (TRITON, CUDA)}
 """Our compiled backends by the type of device whose rows they are."""
-FUSED: Final = (CPU, CPU_GRAPH, TRITON, CUDA, CAPTURED)
-"""The rows that are ours, the plain torch reference apart."""
-PROVIDERS: Final = (*PEERS, *FUSED, REFERENCE, CEILING)
+FUSED: Final = (CPU, TRITON, CUDA, CAPTURED)
+"""The rows that are ours, the plain torch reference and a network under `torch.compile` apart."""
+PROVIDERS: Final = (*PEERS, *FUSED, CPU_GRAPH, REFERENCE, CEILING)
 """Everything that can be asked for as a row; those named like a backend run on it, see `backend_of`."""
 
 PEER_TOLERANCE: Final = 1e-4

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from bdengine.errors import UserError
+from benchmarks import tables
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -20,3 +23,11 @@ def test_there_are_blocks_and_linked_files_exist() -> None:
     links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
     assert links
     assert all((ROOT / link).exists() for link in links)
+
+
+def test_tables_are_what_their_results_make() -> None:
+    assert README.count("<!-- results: ") == 2
+    assert tables.filled(README) == README, "stale: run python -m benchmarks.tables"
+    assert tables.filled(README.replace("| **0.42** |", "| **0.24** |")) == README
+    with pytest.raises(UserError, match="no-such"):
+        tables.filled("<!-- results: no-such.json -->\n<!-- end -->")

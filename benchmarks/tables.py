@@ -1,0 +1,76 @@
+"""Writes the README's tables of results from the files in ``benchmarks/results``.
+
+    python -m benchmarks.tables
+
+A table stands between ``<!-- results: FILE -->`` and ``<!-- end -->``: a line an op and shape, a column a provider, ns per
+element, and in brackets its time relative to ours.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from bdengine.errors import UserError
+from bdengine.files import read_json, write_atomic
+
+from .bench import PROVIDERS
+from .report import Row, fastest
+
+ROOT: Final = Path(__file__).parents[1]
+RESULTS: Final = ROOT / "benchmarks" / "results"
+_BLOCK: Final = re.compile(r"(<!-- results: (?P<file>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def markdown(measured: Sequence[Row]) -> str:
+    """The table of ``measured``, with ours in bold."""
+    names = [name for name in PROVIDERS if any(row.provider == name for row in measured)]
+    lines = [f"| op, float32 | {' | '.join(names)} |", f"| --- |{' ---: |' * len(names)}"]
+    for op, shape in dict.fromkeys((row.op, tuple(row.shape)) for row in measured):
+        here = {row.provider: row for row in measured if (row.op, tuple(row.shape)) == (op, shape)}
+        ours = fastest([*here.values()])
+        if ours is None:
+            raise UserError(f"{op} has no row of ours: expected one")
+        cells = [_cell(here[name], ours) if name in here else "—" for name in names]
+        lines.append(f"| `{op}` {'x'.join(map(str, shape))} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(row: Row, ours: Row) -> str:
+    digits = 2 if ours.ns_per_element < 100 else 0
+    if row is ours:
+        return f"**{row.ns_per_element:.{digits}f}**"
+    ratio = row.ns_per_element / ours.ns_per_element
+    return f"{row.ns_per_element:.{digits}f} ({ratio:.{1 if digits else 2}f}x)"
+
+
+def filled(text: str) -> str:
+    """``text`` with every table made anew.
+
+    Raises:
+        UserError: A table's file is not there.
+    """
+
+    def block(found: re.Match[str]) -> str:
+        document = read_json(RESULTS / found["file"])
+        return f"{found[1]}{markdown([Row(**row) for row in document['rows']])}\n{found[3]}"
+
+    return _BLOCK.sub(block, text)
+
+
+def main() -> int:
+    """Entry point; returns 2 where a file is missing."""
+    readme = ROOT / "README.md"
+    try:
+        write_atomic(readme, filled(readme.read_text()))
+    except UserError as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
