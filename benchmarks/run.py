@@ -27,7 +27,8 @@ from bdengine.errors import UserError, unknown
 from bdengine.files import write_json
 
 from . import device
-from .bench import CEILING, PROVIDERS, Provider, Shape, backend_of
+from .bench import CEILING, OURS, PROVIDERS, Provider, Shape, backend_of
+from .compare import compare
 from .device import Device
 from .ranges import Trace, repeat
 from .registry import BYTES, EVERY_OP, LOOP_OPS, OPS, SAMPLER_OPS, SHORT, shapes
@@ -135,12 +136,18 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     """
     parser = argparse.ArgumentParser(prog="benchmarks.run", description=__doc__, formatter_class=_Raw)
     parser.add_argument(
-        "ops", nargs="*", metavar="OP", help=f"{', '.join([*EVERY_OP, *SHORT])}; without any, all but capture"
+        "ops",
+        nargs="*",
+        metavar="OP",
+        help=f"{', '.join([*EVERY_OP, *SHORT])}; without any, all but network and capture",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows and the machine to FILE")
     parser.add_argument("--device", default="cpu", metavar="NAME", help=f"{' or '.join(device.DEVICES)} (%(default)s)")
     parser.add_argument(
         "--trace", type=Path, metavar="FILE", help="also write a Chrome trace of every provider to FILE"
+    )
+    parser.add_argument(
+        "--compare", metavar="REV", help="build another git revision and time its kernels in turn with ours"
     )
     parser.add_argument("--nvtx", action="store_true", help="mark ranges for Nsight and time nothing; on CUDA only")
     parser.add_argument("--threads", type=int, default=2, help="of every provider (%(default)s)")
@@ -158,6 +165,8 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     options.shapes = [shape_of(text) for text in options.shapes]
     if options.device not in device.DEVICES:
         raise unknown("device", options.device, device.DEVICES)
+    if options.compare and (options.json or options.trace or options.nvtx):
+        raise UserError("--compare writes no file: expected it without --json, --trace and --nvtx")
     if options.nvtx and (options.json or options.trace):
         raise UserError("--nvtx times nothing and writes no file: expected it without --json and --trace")
     for name in options.providers:
@@ -167,6 +176,13 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
         if value < least:
             raise UserError(f"{name} is {value}: expected at least {least}")
     return options
+
+
+def ours_alone(words: Sequence[str], device: str) -> list[str]:
+    """The command line of either side of a comparison: without the revision, and with our rows alone where none are named."""
+    at = next(i for i, word in enumerate(words) if word.split("=")[0] == "--compare")
+    rest = [*words[:at], *words[at + (1 if "=" in words[at] else 2) :]]
+    return rest if "--providers" in rest else [*rest, "--providers", *OURS[device]]
 
 
 class _Raw(argparse.RawDescriptionHelpFormatter):
@@ -180,6 +196,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     measured: list[Row] = []
     try:
         options = parsed(words)
+        if options.compare:
+            print(compare(options.compare, ours_alone(words, options.device)))
+            return 0
         torch.set_num_threads(options.threads)
         on = device.find(options.device)
         cases = ((op, shape) for op in options.ops for shape in options.shapes or shapes(op))
