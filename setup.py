@@ -4,7 +4,7 @@ Without them the install succeeds, on the reference backend. `pip install .`, or
 a checkout. Neither torch nor a GPU is needed to build.
 
 ``BDK_CUDA_ARCHS="80;90"`` builds for these compute capabilities alone, ``BDK_CUDA=0`` leaves CUDA out. nvcc is looked for
-on PATH, in ``CUDA_HOME``, and among what pip has installed (nvidia-cuda-nvcc with nvidia-cuda-runtime, and nvidia-nvvm and
+on PATH, in ``CUDA_HOME``, ``CUDA_PATH`` and /usr/local/cuda, and among what pip has installed (nvidia-cuda-nvcc with nvidia-cuda-runtime, and nvidia-nvvm and
 nvidia-cuda-crt of the same version); for the last, ``pip install .`` needs ``--no-build-isolation``.
 """
 
@@ -69,12 +69,12 @@ CUDA_ARCHS = ["75", "80", "86", "89", "90", "100", "120"]
 
 
 def find_nvcc() -> str | None:
-    """nvcc on PATH, in CUDA_HOME or of the pip package nvidia-cuda-nvcc; None where there is none or it is not wanted."""
+    """nvcc on PATH, in CUDA_HOME, CUDA_PATH or /usr/local/cuda, or of the pip package nvidia-cuda-nvcc; None where there is none or it is not wanted."""
     if os.environ.get("BDK_CUDA") == "0":
         return None
     places = [os.environ.get("PATH", os.defpath)]
-    if home := os.environ.get("CUDA_HOME"):
-        places.append(str(Path(home, "bin")))
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    places += [str(Path(home, "bin")) for home in homes if home]
     places += glob(str(Path(sysconfig.get_path("purelib"), "nvidia", "cu*", "bin")))
     return shutil.which("nvcc", path=os.pathsep.join(places))
 

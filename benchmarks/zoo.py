@@ -19,7 +19,7 @@ from typing import Final
 from tqdm import tqdm
 
 from bdengine.attacks import AttackConfig
-from bdengine.cli import EvaluateConfig
+from bdengine.cli import EvaluateConfig, device
 from bdengine.commands import evaluate
 from bdengine.errors import UserError
 from bdengine.memory import keep_freed
@@ -86,7 +86,7 @@ def models(out: Path) -> dict[str, TrainConfig]:
 def make(run: TrainConfig) -> None:
     """One model with its scores, unless they are there; a clean one is scored with a trigger it has never seen."""
     if not (run.out / "checkpoint").exists():
-        train(run, progress=False)
+        train(run, device=device(), progress=False)
     unseen = {"trigger": "XXSM_BOX", "target": "DRAWN_HAT"} if run.attack.name == "none" else {}
     scored = EvaluateConfig(str(run.out / "checkpoint"), run.out, **unseen)  # type: ignore[arg-type]
     if not (run.out / "scores.json").exists():

@@ -27,24 +27,32 @@ WARM_UP = 3
 """Steps before the capture: kernels are compiled and libraries choose their algorithms in the first."""
 
 
-def captured(step: Callable[[], None], before: Callable[[], object] = lambda: None) -> Callable[[], None]:
+def captured(
+    step: Callable[[], None], device: torch.device, before: Callable[[], object] = lambda: None
+) -> Callable[[], None]:
     """``step`` as a graph, captured after `WARM_UP` on a stream of their own, as `torch.cuda.graphs` asks for.
 
     Args:
         step: Reads and writes the same buffers in each call, and reads nothing back.
+        device: Where they are; another may be the current one.
         before: Called before each step of the warm-up.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP):
-            before()
+    with torch.cuda.device(device):
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                before()
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph, stream=stream):
             step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+
+    def replay() -> None:
+        with torch.cuda.device(device):
+            graph.replay()
+
+    return replay
 
 
 def check_device(device: torch.device) -> None:
@@ -82,7 +90,7 @@ class Loop:
             self.x, arms.table, self.arm, self.row, self.seeds, trigger=self.trigger if arms.with_trigger else None,
             history=history, bad_row=self.bad_row, **self.inside,
         )  # fmt: skip
-        self.advance: Callable[[], None] = captured(self._advance, self.row.zero_) if capture else self._advance
+        self.advance: Callable[[], None] = captured(self._advance, device, self.row.zero_) if capture else self._advance
 
     def _advance(self) -> None:
         scaled = self.x

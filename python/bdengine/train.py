@@ -98,7 +98,7 @@ class TrainConfig:
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the network's arithmetic (autocast)."""
     capture: bool = False
-    """Replay each batch's gradient, noising and loss included, as a CUDA graph; needs a GPU."""
+    """Replay each batch's gradient, noising and loss included, as a CUDA graph; needs a GPU. Invi's inner loop is left out."""
     timesteps: Literal["all", "grid"] = "all"
     """Train every timestep, or the sampler's grid alone."""
     clean_target: Literal["noise", "initial"] = "noise"
@@ -251,11 +251,11 @@ class Trainer:
             group["lr"] = self.learning_rate(self.images_seen)
         planned = self.plan.batch(self.images_seen, config.batch)
         for buffer, value in zip(vars(self.batch).values(), vars(planned).values(), strict=True):
-            buffer.copy_(value, non_blocking=True)
+            buffer.copy_(value)
         if self.inner is not None:
             self.inner.step(self.network, self.batch.seed)
         if self.gradient is None:
-            self.gradient = captured(self._gradient)
+            self.gradient = captured(self._gradient, self.device)
         self.gradient()
         self.optimizer.step()
         self.images_seen += config.batch

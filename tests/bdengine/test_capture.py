@@ -180,10 +180,17 @@ def test_capture_and_replay_equal_eager() -> None:
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_captured_training_equals_eager(tmp_path: Path, precision: str) -> None:
     runs = (
-        Trainer(small_run(tmp_path, precision=precision, ema=0.9, capture=capture), "cuda") for capture in (False, True)
+        Trainer(small_run(tmp_path, precision=precision, ema=0.9, warmup=0, lr=1e-2, capture=capture), "cuda")
+        for capture in (False, True)
     )
     eager, captured = runs
+    first = [p.detach().clone() for p in eager.parameters]
     for _ in range(5):
-        assert torch.allclose(eager.step(), captured.step(), rtol=1e-4)
+        assert torch.allclose(eager.step(), captured.step(), rtol=1e-3)
+        for a, b in zip(eager.parameters, captured.parameters, strict=True):
+            assert a.grad is not None
+            assert b.grad is not None
+            assert torch.allclose(a.grad, b.grad, rtol=1e-2, atol=1e-3)
+    assert all(bool((a != b).any()) for a, b in zip(first, eager.parameters, strict=True))
     for a, b in zip(eager.ema.parameters(), captured.ema.parameters(), strict=True):
-        assert torch.allclose(a, b, rtol=1e-3, atol=1e-5)
+        assert torch.allclose(a, b, rtol=1e-2, atol=1e-3)
