@@ -4,8 +4,9 @@ Without them the install succeeds, on the reference backend. `pip install .`, or
 a checkout. Neither torch nor a GPU is needed to build.
 
 ``BDK_CUDA_ARCHS="80;90"`` builds for these compute capabilities alone, ``BDK_CUDA=0`` leaves CUDA out. nvcc is looked for
-on PATH, in ``CUDA_HOME``, ``CUDA_PATH`` and /usr/local/cuda, and among what pip has installed (nvidia-cuda-nvcc with nvidia-cuda-runtime, and nvidia-nvvm and
-nvidia-cuda-crt of the same version); for the last, ``pip install .`` needs ``--no-build-isolation``.
+on PATH, in ``CUDA_HOME``, ``CUDA_PATH`` and /usr/local/cuda, and among what pip has installed (nvidia-cuda-nvcc with
+nvidia-cuda-runtime, and nvidia-nvvm and nvidia-cuda-crt of the same version); for the last, ``pip install .`` needs
+``--no-build-isolation``.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ CUDA_ARCHS = ["75", "80", "86", "89", "90", "100", "120"]
 
 
 def find_nvcc() -> str | None:
-    """nvcc on PATH, in CUDA_HOME, CUDA_PATH or /usr/local/cuda, or of the pip package nvidia-cuda-nvcc; None where there is none or it is not wanted."""
+    """nvcc on PATH, of a CUDA toolkit or of the pip package nvidia-cuda-nvcc; None where absent or not wanted."""
     if os.environ.get("BDK_CUDA") == "0":
         return None
     places = [os.environ.get("PATH", os.defpath)]
