@@ -37,10 +37,10 @@ def poisoned(seed: int, images: Indices, rate: float) -> NDArray[np.bool_]:
 
 def target_of(seed: int, images: Indices, targets: int) -> Indices:
     """Which of ``targets`` target images ``images`` get where they are poisoned: a function of (seed, index, number) alone."""
-    return _below(targets, contract.words(seed, images, STREAM_POISON)[1])
+    return below(targets, contract.words(seed, images, STREAM_POISON)[1])
 
 
-def _below(count: int, word: NDArray[np.uint32]) -> Indices:
+def below(count: int, word: NDArray[np.uint32]) -> Indices:
     """``floor(word count / 2^32)``."""
     return (word.astype(np.uint64) * np.uint64(count) >> np.uint64(32)).astype(np.int64)
 
@@ -93,7 +93,7 @@ class TrainingPlan:
             image[here] = order(self.seed, self.images, int(pass_))[n[here] % self.images]
         seed = contract.sample_seeds(self.seed, n)
         w0, w1 = contract.seed_words(seed, STREAM_TIMESTEP)[:2]
-        t = self.timesteps[_below(len(self.timesteps), w0)]
+        t = self.timesteps[below(len(self.timesteps), w0)]
         arm = poisoned(self.seed, image, self.poison_rate).astype(np.int64)
         flip = (w1 < 2**31) & self.flip
         target = target_of(self.seed, image, self.targets)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import bdkernels
-from bdkernels import native, use_backend
+from bdkernels import use_backend
 from bdkernels.testing import at_most_twice_as_wrong, poisoned_memory
 
 CASES = [
@@ -26,18 +24,6 @@ CASES = [
     (3, 32, 32, 2, 2, False),  # too few tiles for the weight's gradient
 ]
 Case = tuple[int, int, int, int, int, bool]
-
-
-@pytest.fixture(params=native.isas() if native.available() else ["reference"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every instruction set of the compiled kernel, or the reference."""
-    if request.param == "reference":
-        yield request.param
-        return
-    before = native.isa()
-    native.set_isa(request.param)
-    yield request.param
-    native.set_isa(before)
 
 
 def tensors(case: Case, seed: int = 0) -> list[Tensor]:

@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import bdkernels
-from bdkernels import native, reference, use_backend
+from bdkernels import reference, use_backend
 from bdkernels.testing import at_most_twice_as_wrong, poisoned_memory
 
 SHAPES = [(2, 8, 3, 5), (3, 16, 16, 16), (1, 33, 7, 1), (4, 64, 4, 4), (2, 48, 9, 11), (5, 6, 1, 1), (2, 128, 32, 32)]
-
-
-@pytest.fixture(params=native.isas() if native.available() else ["reference"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every instruction set of the compiled kernel, and the reference."""
-    if request.param == "reference":
-        yield request.param
-        return
-    before = native.isa()
-    native.set_isa(request.param)
-    yield request.param
-    native.set_isa(before)
 
 
 def case(shape: tuple[int, int, int, int], shared: bool = False, dtype: torch.dtype = torch.float32) -> list[Tensor]:

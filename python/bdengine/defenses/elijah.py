@@ -108,12 +108,4 @@ def examine(subject: Subject, config: ElijahConfig) -> Finding:
     with Watch(subject.network) as watch:
         tau, losses = invert(subject, config)
         images = subject.images(arm_of(subject, tau, config.gamma), features.IMAGES)
-    alike = features.uniformity(images, subject.extractor)
-    details = {
-        "uniformity": alike,
-        "total_variation": features.total_variation(images),
-        "trigger_norm": float(tau.norm()),
-        "losses": [losses[0], losses[-1]],
-        "settings": subject.settings(config),
-    }
-    return watch.finding("elijah", -alike, tau, images, details)
+    return watch.alike("elijah", subject, config, tau, images, losses)

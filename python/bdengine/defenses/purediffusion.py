@@ -38,7 +38,6 @@ from torch import Tensor
 
 import bdkernels
 from bdkernels import Step
-from bdkernels import noise as contract
 
 from ..arms import Arm
 from ..attacks import exact_coefficient
@@ -49,7 +48,7 @@ from ..solvers import Table
 from ..solvers.table import blank
 from . import features
 from .result import Finding
-from .subject import Chain, Subject, Watch, uniform_image
+from .subject import Chain, Subject, Watch, run_seeds, uniform_image
 
 Amplification = Literal["replace", "add"]
 AMPLIFICATIONS: Final = get_args(Amplification)
@@ -106,8 +105,7 @@ class Objective:
     def __call__(self, tau: Tensor, iteration: int) -> tuple[Tensor, Tensor]:
         """Shift and consistency, 0-d each, differentiable in ``tau`` [1, C, H, W]."""
         config = self.config
-        index = np.arange(config.batch) + iteration * config.batch
-        seeds = torch.from_numpy(contract.sample_seeds(config.seed, index)).to(tau.device)
+        seeds = run_seeds(config.seed, config.batch, tau.device, iteration * config.batch)
         predicted, x0 = self.chain(bdkernels.normal(seeds, tau.shape[1:]) + tau, seeds)
         means = torch.stack([m.mean(0) for m in predicted])
         shift = (means - self.scale[:, None, None, None] * tau).abs().mean()
@@ -172,12 +170,4 @@ def examine(subject: Subject, config: PureDiffusionConfig) -> Finding:
     with Watch(subject.network) as watch:
         tau, losses = invert(subject, config)
         images = subject.images(Arm(subject.table, tau.cpu()), features.IMAGES)
-    alike = features.uniformity(images, subject.extractor)
-    details = {
-        "uniformity": alike,
-        "total_variation": features.total_variation(images),
-        "trigger_norm": float(tau.norm()),
-        "losses": [losses[0], losses[-1]],
-        "settings": subject.settings(config),
-    }
-    return watch.finding("purediffusion", -alike, tau, images, details)
+    return watch.alike("purediffusion", subject, config, tau, images, losses)

@@ -27,6 +27,7 @@ from ..networks import Network, split_spread
 from ..sampler import Sampler
 from ..schedule import Schedule
 from ..solvers import Table, stack
+from . import features
 from .result import Finding
 
 
@@ -85,8 +86,8 @@ class Subject:
 
     def settings(self, variant: Any) -> dict[str, Any]:
         """What a statistic depends on beside the weights."""
-        features = "pixels" if self.extractor is None else self.extractor.name
-        return to_json(variant) | {"sampler": self.table.name, "features": features}
+        of = "pixels" if self.extractor is None else self.extractor.name
+        return to_json(variant) | {"sampler": self.table.name, "features": of}
 
 
 class Chain:
@@ -163,6 +164,20 @@ class Watch:
         found = {"reason": reason} | details
         return Finding(defense, statistic, None, "undecided", r, images, self.evaluations, self.seconds, found)
 
+    def alike(
+        self, defense: str, subject: Subject, config: Any, tau: Tensor, images: Tensor, losses: Sequence[Any]
+    ) -> Finding:
+        """That images made with the shift ``tau``, found under ``losses``, are alike: the less they differ the more so."""
+        uniformity = features.uniformity(images, subject.extractor)
+        details = {
+            "uniformity": uniformity,
+            "total_variation": features.total_variation(images),
+            "trigger_norm": float(tau.norm()),
+            "losses": [losses[0], losses[-1]],
+            "settings": subject.settings(config),
+        }
+        return self.finding(defense, -uniformity, tau, images, details)
+
 
 def uniform_image(seed: int, shape: Sequence[int], low: float, high: float) -> Tensor:
     """An image with ``U[low, high]`` in each pixel, float32 [C, H, W]: word 0 of the pixel's group."""
@@ -171,6 +186,6 @@ def uniform_image(seed: int, shape: Sequence[int], low: float, high: float) -> T
     return torch.from_numpy(u).reshape(*shape) * (high - low) + low
 
 
-def run_seeds(seed: int, count: int, device: torch.device) -> Tensor:
-    """Seeds of ``count`` samples of one run, int64 [count]."""
-    return torch.from_numpy(contract.sample_seeds(seed, np.arange(count))).to(device)
+def run_seeds(seed: int, count: int, device: torch.device, first: int = 0) -> Tensor:
+    """Seeds of samples ``first .. first + count`` of one run, int64 [count]."""
+    return torch.from_numpy(contract.sample_seeds(seed, first + np.arange(count))).to(device)

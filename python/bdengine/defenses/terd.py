@@ -46,6 +46,7 @@ from bdkernels import noise as contract
 
 from ..arms import Arm
 from ..attacks.exact import path_of
+from ..plan import below
 from ..schedule import Schedule
 from ..solvers import Nodes, Table, ddim
 from ..solvers.table import blank
@@ -121,7 +122,7 @@ class Inversion:
         words = contract.words(
             self.config.seed, np.arange(self.config.batch), bdkernels.STREAM_TIMESTEP, step=iteration
         )
-        early, late = ((w.astype(np.uint64) * np.uint64(WINDOW) >> np.uint64(32)).astype(np.int64) for w in words[:2])
+        early, late = (below(WINDOW, word) for word in words[:2])
         late = late + self.T - WINDOW
         return torch.from_numpy(late).to(self.mu.device), torch.from_numpy(early).to(self.mu.device)
 
