@@ -9,11 +9,13 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Final, ParamSpec, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bdkernels import use_backend
 from bdkernels.backends import BACKENDS, missing, serves
+from bdkernels.noise import sample_seeds
 
 Shape = tuple[int, int, int, int]
 P = ParamSpec("P")
@@ -67,6 +69,17 @@ def ours(device: torch.device) -> tuple[str, ...]:
 def backend_of(provider: str) -> AbstractContextManager[None]:
     """What a provider's calls run in: on the backend it is named after, where there is one."""
     return use_backend(provider) if provider in BACKENDS else contextlib.nullcontext()
+
+
+def seeds_of(count: int) -> Tensor:
+    """A seed a sample, int64 [count]."""
+    return torch.from_numpy(sample_seeds(0, np.arange(count)))
+
+
+def in_full(run: Callable[[], Tensor]) -> Tensor:
+    """Its result without TF32, which torch allows in convolutions on a GPU and which leaves 10 bits of each factor."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        return run()
 
 
 def moved(case: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from functools import cache, partial
 from typing import Any, Final
 from unittest import mock
 
-import numpy as np
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from diffusers.pipelines.ddpm import pipeline_ddpm
@@ -36,9 +35,9 @@ from bdengine.schedule import linear
 from bdengine.shipped import find
 from bdengine.solvers import SamplerConfig
 from bdkernels import testing
-from bdkernels.noise import STREAM_STEP, sample_seeds
+from bdkernels.noise import STREAM_STEP
 
-from .bench import CAPTURED, CEILING, REFERENCE, Provider, Shape, assert_close, ours
+from .bench import CAPTURED, CEILING, REFERENCE, Provider, Shape, assert_close, in_full, ours, seeds_of
 
 CHECKPOINT: Final = "digits-clean"
 STEPS: Final = (20, 100)
@@ -81,11 +80,6 @@ def our_noise(seeds: Tensor) -> Iterator[None]:
         yield
 
 
-def seeds_of(count: int) -> Tensor:
-    """A seed a sample."""
-    return torch.from_numpy(sample_seeds(0, np.arange(count)))
-
-
 @cache
 def truth(steps: int) -> Tensor:
     """The first images of stock's loop, in float64 on the CPU."""
@@ -96,13 +90,10 @@ def truth(steps: int) -> Tensor:
 def check_images(steps: int, run: Callable[[], Tensor]) -> None:
     """The first images of a batch, in [0, 1], against `truth`.
 
-    Convolutions are in full float32 meanwhile: TF32, which torch allows them on a GPU, says nothing of the loop.
-
     Raises:
         AssertionError: They are further off than `bench.PEER_TOLERANCE`.
     """
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        images = run()
+    images = in_full(run)
     expected = truth(steps)
     assert_close(f"the worst of {CHECKED} images", images[: len(expected)].to(expected.device), expected[: len(images)])
 

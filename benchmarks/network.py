@@ -27,7 +27,7 @@ from bdengine.memory import keep_freed
 from bdengine.networks import CIFAR10, DIGITS16, unet
 from bdkernels.testing import at_most_twice_as_wrong
 
-from .bench import CEILING, CPU, CPU_GRAPH, HOST, REFERENCE, Provider, Shape, compiled
+from .bench import CEILING, CPU, CPU_GRAPH, HOST, REFERENCE, Provider, Shape, compiled, in_full
 
 LARGEST_ERROR: Final = 1e-4
 """Of a peer, as a share of the truth's largest value."""
@@ -38,12 +38,6 @@ SIDE: Final = 16
 NETWORKS: Final = ((64, 1, 16, 16), (8, 3, 32, 32))
 """The digits' and CIFAR's."""
 Form = Callable[[Tensor, Tensor], Tensor]
-
-
-def in_full(run: Callable[[], Tensor]) -> Tensor:
-    """Its result without TF32, which torch allows in convolutions on a GPU and which leaves 10 bits of each factor."""
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        return run()
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch import Tensor
 import bdkernels
 from bdkernels import noise, reference, testing
 
-from .bench import CEILING, HOST, REFERENCE, Provider, Shape, assert_standard_normal, compiled, moved, ours
+from .bench import CEILING, HOST, REFERENCE, Provider, Shape, assert_standard_normal, compiled, moved, ours, seeds_of
 
 
 def normal_bytes(shape: Shape) -> int:
@@ -23,7 +22,7 @@ def normal_bytes(shape: Shape) -> int:
 
 def normal(shape: Shape, device: torch.device = HOST) -> dict[str, Provider]:
     """The providers of `bdkernels.normal` at ``shape``."""
-    seeds = torch.from_numpy(noise.sample_seeds(0, np.arange(shape[0])))
+    seeds = seeds_of(shape[0])
     generators = [torch.Generator(device).manual_seed(int(seed)) for seed in seeds]
     on_host: dict[str, Any] = {"seeds": seeds, "step": torch.tensor(0), "stream": noise.STREAM_INITIAL}
     on_host["shape"] = shape[1:]

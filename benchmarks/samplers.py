@@ -30,9 +30,9 @@ from bdengine.solvers import SAMPLERS, Nodes, SamplerConfig, Table, stack
 from bdengine.solvers.pndm import RUNGE_KUTTA_STEPS
 from bdengine.solvers.table import End
 from bdkernels import HISTORY_SLOTS, NO_BAD_ROW, STORE_COLUMNS, STORES, Step, Store
-from bdkernels.noise import STREAM_STEP, sample_seeds
+from bdkernels.noise import STREAM_STEP
 
-from .bench import CEILING, HOST, REFERENCE, Provider, Shape, assert_close, ours
+from .bench import CEILING, HOST, REFERENCE, Provider, Shape, assert_close, ours, seeds_of
 
 STEPS: Final = 20
 TOLERANCE: Final = 1e-5
@@ -163,7 +163,7 @@ class Case:
     @cached_property
     def seeds(self) -> Tensor:
         """A seed a sample."""
-        return torch.from_numpy(sample_seeds(0, np.arange(self.shape[0]))).to(self.device)
+        return seeds_of(self.shape[0]).to(self.device)
 
     @cached_property
     def start(self) -> Tensor:

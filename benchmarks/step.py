@@ -12,7 +12,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
@@ -21,7 +20,7 @@ import bdkernels
 from bdengine.schedule import linear
 from bdengine.solvers import Nodes, ddpm, stack
 from bdkernels import Step, reference, testing
-from bdkernels.noise import STREAM_STEP, normal, sample_seeds
+from bdkernels.noise import STREAM_STEP, normal
 
 from .bench import (
     CEILING,
@@ -34,6 +33,7 @@ from .bench import (
     compiled,
     moved,
     ours,
+    seeds_of,
 )
 
 ROWS, ROW = 1000, 500
@@ -68,7 +68,7 @@ def fused_step(shape: Shape, device: torch.device = HOST) -> dict[str, Provider]
         "table": stack([sampler]),
         "arm": torch.zeros(shape[0], dtype=torch.int64),
         "step": torch.tensor(ROW),
-        "seeds": torch.from_numpy(sample_seeds(0, np.arange(shape[0]))),
+        "seeds": seeds_of(shape[0]),
     }
     case = moved(on_host, device)
     x, m, step = case["x"], case["model_output"], case["step"]

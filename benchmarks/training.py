@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
@@ -24,7 +23,7 @@ from bdengine.attacks.baddiffusion import baddiffusion
 from bdengine.attacks.process import POISONED, noising_table
 from bdengine.schedule import linear
 from bdkernels import STREAM_TRAINING, Noising, reference, testing
-from bdkernels.noise import normal, sample_seeds
+from bdkernels.noise import normal
 
 from .bench import (
     CEILING,
@@ -38,6 +37,7 @@ from .bench import (
     compiled,
     moved,
     ours,
+    seeds_of,
 )
 
 
@@ -60,7 +60,7 @@ class Batch:
             "x0": torch.rand(self.shape, generator=generator) * 2 - 1,
             "t": torch.randint(1000, (count,), generator=generator),
             "arm": (torch.rand(count, generator=generator) < 0.5).long() * POISONED,
-            "seeds": torch.from_numpy(sample_seeds(0, np.arange(count))),
+            "seeds": seeds_of(count),
             "table": noising_table(linear(), attack),
             "target": attack.target[None],
             "trigger": attack.stamp[None],
