@@ -222,7 +222,8 @@ class Trainer:
             arm = torch.where(arm == POISONED, OUTSIDE, arm)
         y = self.target
         if y is not None and len(y) > 1:
-            y = torch.where(flip.reshape(-1, 1, 1, 1), y[own].flip(3), y[own])
+            y = y[own]
+            y = torch.where(flip.reshape(-1, 1, 1, 1), y.flip(3), y) if self.config.flip else y
         x_t = bdkernels.fused_noising(x0, t, arm, seed, self.table, target=y, **poison)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             prediction = self.network(x_t, t)

@@ -26,9 +26,10 @@ from torch import Tensor
 
 import bdkernels
 
+from ..chain import Chain
 from ..errors import UserError
 from ..schedule import Floats, Schedule
-from ..solvers import Nodes, Table, ddim, stack
+from ..solvers import Nodes, Table, ddim
 from .baddiffusion import Coefficients, shifted_attack
 from .exact import exact_coefficient
 from .process import Attack
@@ -80,17 +81,11 @@ class InnerLoop:
         self.target, self.bound = target, bound
         self.delta = torch.zeros_like(target).requires_grad_()
         self.adam = torch.optim.Adam([self.delta], lr=LR)
-        table = ddim(Nodes.of(schedule, STEPS))
-        self.rows = stack([table]).to(target.device)
-        self.times = torch.tensor(table.timesteps, dtype=torch.float32, device=target.device)
-        self.row = torch.arange(STEPS, device=target.device)
+        self.chain = Chain(ddim(Nodes.of(schedule, STEPS)), target.device)
 
     def effect(self, network: torch.nn.Module, seeds: Tensor) -> Tensor:
         """``MSE(sampler(eps + delta), y)`` of ``seeds`` int64 [N], 0-d, differentiable in ``delta``."""
-        x = bdkernels.normal(seeds, self.target.shape[1:]) + self.delta
-        arm = torch.zeros_like(seeds)
-        for row, time in zip(self.row, self.times, strict=True):
-            x = bdkernels.fused_step(x, network(x, time), self.rows, arm, row, seeds)
+        _, x = self.chain(network, bdkernels.normal(seeds, self.target.shape[1:]) + self.delta, seeds)
         return (x - self.target).square().mean()
 
     def step(self, network: torch.nn.Module, seeds: Tensor) -> Tensor:

@@ -42,13 +42,14 @@ from bdkernels import Step
 from ..arms import Arm
 from ..attacks import exact_coefficient
 from ..attacks.baddiffusion import rho
+from ..chain import Chain
 from ..errors import UserError, unknown
 from ..schedule import Floats, Schedule, grid
 from ..solvers import Table
 from ..solvers.table import blank
 from . import features
 from .result import Finding
-from .subject import Chain, Subject, Watch, run_seeds, uniform_image
+from .subject import Subject, Watch, run_seeds, uniform_image
 
 Amplification = Literal["replace", "add"]
 AMPLIFICATIONS: Final = get_args(Amplification)
@@ -98,7 +99,7 @@ class Objective:
         else:
             coefficient = (1 if config.coefficient == "baddiffusion" else 2) * rho(process)
         table = following(process, config.steps, coefficient)
-        self.chain = Chain(subject, table)
+        self.chain = Chain(table, subject.device)
         scale = coefficient[table.timesteps.astype(np.int64)]
         self.scale = torch.tensor(scale, dtype=torch.float32, device=subject.device)
 
@@ -106,7 +107,7 @@ class Objective:
         """Shift and consistency, 0-d each, differentiable in ``tau`` [1, C, H, W]."""
         config = self.config
         seeds = run_seeds(config.seed, config.batch, tau.device, iteration * config.batch)
-        predicted, x0 = self.chain(bdkernels.normal(seeds, tau.shape[1:]) + tau, seeds)
+        predicted, x0 = self.chain(self.subject.eps, bdkernels.normal(seeds, tau.shape[1:]) + tau, seeds)
         means = torch.stack([m.mean(0) for m in predicted])
         shift = (means - self.scale[:, None, None, None] * tau).abs().mean()
         return shift, x0.var(0).mean()

@@ -1,7 +1,4 @@
-"""What is examined, and how a defense asks it: frozen, counted, and through the fused step where a gradient must pass.
-
-`Chain` is ``x' = fused_step(x, gamma network(x, t), r)`` row after row, differentiable in ``x``, ``gamma`` and ``r``.
-"""
+"""What is examined, and how a defense asks it: frozen and counted."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ from ..extractors import Extractor
 from ..networks import Network, split_spread
 from ..sampler import Sampler
 from ..schedule import Schedule
-from ..solvers import Table, stack
+from ..solvers import Table
 from . import features
 from .result import Finding
 
@@ -88,39 +85,6 @@ class Subject:
         """What a statistic depends on beside the weights."""
         of = "pixels" if self.extractor is None else self.extractor.name
         return to_json(variant) | {"sampler": self.table.name, "features": of}
-
-
-class Chain:
-    """A one-step sampler as a differentiable function of its start and the trigger.
-
-    Args:
-        table: Without history slots.
-    """
-
-    def __init__(self, subject: Subject, table: Table) -> None:
-        self.subject = subject
-        self.rows = stack([table]).to(subject.device)
-        self.times = torch.tensor(table.timesteps, dtype=torch.float32, device=subject.device)
-        self.steps = torch.arange(len(table), device=subject.device)
-
-    def __call__(
-        self, x: Tensor, seeds: Tensor, trigger: Tensor | None = None, gamma: Tensor | None = None
-    ) -> tuple[list[Tensor], Tensor]:
-        """What the network predicted at each row, and the sample.
-
-        Args:
-            x: The start, float32 [N, C, H, W].
-            seeds: int64 [N], of the noise of each step.
-            trigger: float32 [1, C, H, W], for tables that have it in their steps.
-            gamma: float32 [1, C, H, W], multiplies the prediction before the step.
-        """
-        arm, predicted = torch.zeros_like(seeds), []
-        for step, t in zip(self.steps, self.times, strict=True):
-            m = self.subject.eps(x, t)
-            predicted.append(m)
-            m = m if gamma is None else gamma * m
-            x = bdkernels.fused_step(x, m, self.rows, arm, step, seeds, trigger=trigger)
-        return predicted, x
 
 
 class Watch:

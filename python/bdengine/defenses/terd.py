@@ -46,13 +46,14 @@ from bdkernels import noise as contract
 
 from ..arms import Arm
 from ..attacks.exact import path_of
+from ..chain import Chain
 from ..plan import below
 from ..schedule import Schedule
 from ..solvers import Nodes, Table, ddim
 from ..solvers.table import blank
 from . import features
 from .result import Finding
-from .subject import Chain, Subject, Watch, run_seeds, uniform_image
+from .subject import Subject, Watch, run_seeds, uniform_image
 
 WINDOW: Final = 10
 """Timesteps at either end of the process that the losses draw from."""
@@ -110,7 +111,7 @@ class Inversion:
         self.gamma = torch.zeros_like(self.mu).requires_grad_() if config.gamma_lr else None
         self.noising = torch.tensor(shifted_rows(process), dtype=torch.float32, device=device)
         self.seeds = run_seeds(config.seed, config.batch, device)
-        self.chain = Chain(subject, generating_table(process, self.gamma is not None))
+        self.chain = Chain(generating_table(process, self.gamma is not None), device)
 
     def drawn(self, iteration: int) -> list[Tensor]:
         """What `STREAMS` holds, float32 [B, C, H, W] each."""
@@ -141,8 +142,8 @@ class Inversion:
     def generate(self, eps: Tensor) -> Tensor:
         """``x0`` from ``gamma eps + mu``, differentiable in both."""
         if self.gamma is None:
-            return self.chain(eps + self.mu, self.seeds)[1]
-        return self.chain(self.gamma * eps + self.mu, self.seeds, self.mu, self.gamma)[1]
+            return self.chain(self.subject.eps, eps + self.mu, self.seeds)[1]
+        return self.chain(self.subject.eps, self.gamma * eps + self.mu, self.seeds, self.mu, self.gamma)[1]
 
     def surrogate_loss(self, iteration: int) -> Tensor:
         """Stage 1's."""
