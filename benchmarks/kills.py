@@ -40,7 +40,6 @@ from bdengine.files import write_json
 from bdengine.networks import unet
 from bdengine.schedule import linear
 from bdengine.shards import Format, Shards
-from bdengine.train import scheduler_config
 
 LONGEST: Final = 1.0
 """Seconds a run lives before it is killed, at most."""
@@ -53,7 +52,7 @@ def prove(place: Path, kills: int, images: int, form: Format = "npy", seed: int 
         ``kills``, ``runs`` that ended, ``lost``, ``changed`` and ``doubled``, and ``moments``: how many kills fell where.
     """
     torch.manual_seed(seed)
-    save_pipeline(place / "tiny", unet(8, 1, (8, 16), groups=4), scheduler_config(linear()))
+    save_pipeline(place / "tiny", unet(8, 1, (8, 16), groups=4), linear().to_config())
     words = [
         "sample", str(place / "tiny"), "--seeds", f"0-{images - 1}", "--format", form, "--shard", "64",
         "--micro-batch", "64", "--sampler", "ddim", "--steps", "1",

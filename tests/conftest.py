@@ -21,9 +21,8 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from bdengine.checkpoint import save_pipeline
     from bdengine.networks import unet
     from bdengine.schedule import linear
-    from bdengine.train import scheduler_config
 
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("checkpoints") / "tiny"
-    save_pipeline(path, unet(16, 1, (8, 16), groups=4), scheduler_config(linear()))
+    save_pipeline(path, unet(16, 1, (8, 16), groups=4), linear().to_config())
     return path

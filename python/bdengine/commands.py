@@ -12,7 +12,7 @@ from torch import Tensor
 from . import checkpoint, pictures, report
 from .accelerate import accelerate
 from .attacks import AttackConfig
-from .cli import EvaluateConfig, SampleConfig, device
+from .cli import DefendConfig, EvaluateConfig, SampleConfig, device
 from .config import claim, from_json, to_json
 from .data import Images, load
 from .distributed import Ranks, join
@@ -70,7 +70,7 @@ class Model:
         """The attack it was trained with."""
         return from_json(AttackConfig, self.train.get("attack", {}))
 
-    def table(self, said: SampleConfig | EvaluateConfig) -> tuple[Table, dict[str, Any]]:
+    def table(self, said: SampleConfig | EvaluateConfig | DefendConfig) -> tuple[Table, dict[str, Any]]:
         """The sampler it was made for, with what the user said instead, and its description.
 
         A stranger's checkpoint is sampled by ddpm where its scheduler has betas, else by its own scheduler.
@@ -104,6 +104,10 @@ class Model:
         images = load(name or self.train.get("data", "digits"), size, channels)
         left_out = self.train.get("without")
         return images if name is not None or left_out is None else images.without(left_out)
+
+    def shown(self, images: Tensor) -> Tensor:
+        """Its sampler's images in [-1, 1]."""
+        return 2 * images - 1 if in_unit_range(self.scheduler) else images
 
     def trigger(self, name: str, file: Path | None) -> Tensor:
         """A trigger of its images' shape, as its sampling starts with it; that it was trained with if LEARNED."""
@@ -165,8 +169,7 @@ def _sample(config: SampleConfig, seeds: Seeds, ranks: Ranks) -> int:
         claim(config.out / "run.json", to_json(config) | about, free)
         remove_leftovers(config.out)
     ranks.together(0)  # nobody writes before the folder is known to be this run's
-    unit = in_unit_range(model.scheduler)
-    made, there = fill(folder, run, ranks, streamed, lambda images: 2 * images - 1 if unit else images)
+    made, there = fill(folder, run, ranks, streamed, model.shown)
     if ranks.rank > 0:
         return 0
     folder.finish({"micro_batch": config.micro_batch, "clip": config.clip, "trigger": config.trigger} | about)
@@ -190,9 +193,7 @@ def _goal(names: AttackConfig, r: Tensor, data: Images, extractor: Extractor) ->
     label = class_of(names.target)
     if label is None:
         return names.targets(r, data)
-    if names.target_data is not None:
-        channels, size, _ = r.shape
-        data = load(names.target_data, size, channels)
+    data = names.class_data(r, data)
     if not data.name.startswith("digits"):
         raise UserError(
             f"the target {names.target} is a class of {data.name!r} and only digits have a classifier: expected digits"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from . import checkpoint, pictures
-from .cli import DefendConfig, SampleConfig
+from .cli import DefendConfig
 from .commands import Model
 from .config import to_json
 from .defenses import DEFENSES, Calibration, Finding, Subject
@@ -25,10 +25,7 @@ def subject_of(config: DefendConfig) -> tuple[Model, Subject]:
         UserError: As `Model.load` and `Model.table`, or unknown features.
     """
     model = Model.load(config.checkpoint)
-    said = SampleConfig(
-        config.checkpoint, config.out, sampler=config.sampler, steps=config.steps, order=config.order, eta=config.eta
-    )
-    table, _ = model.table(said)
+    table, _ = model.table(config)
     features = config.features or ("digits" if model.train.get("data") == "digits" else "pixels")
     if features not in FEATURES:
         raise unknown("features", features, FEATURES)
@@ -71,8 +68,7 @@ def defend(config: DefendConfig) -> int:
     write_json(config.out / "finding.json", finding.to_json() | described)
     written = ["finding.json"]
     if finding.images is not None:
-        images = 2 * finding.images - 1 if in_unit_range(model.scheduler) else finding.images
-        pictures.save_png(config.out / "images.png", pictures.grid(images))
+        pictures.save_png(config.out / "images.png", pictures.grid(model.shown(finding.images)))
         written.append("images.png")
     if finding.trigger is not None:
         pictures.save_png(config.out / "trigger.png", pictures.grid(finding.trigger[None]))

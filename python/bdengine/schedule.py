@@ -64,6 +64,19 @@ class Schedule:
             values = betas(name, T, *ends)
         return cls(zero_terminal_snr(values) if config.get("rescale_betas_zero_snr") else values, name, prediction)
 
+    def to_config(self) -> dict[str, Any]:
+        """diffusers' description of a process with named betas whose network predicts the noise, as DDPMScheduler reads it."""
+        return {
+            "_class_name": "DDPMScheduler",
+            "num_train_timesteps": self.T,
+            "beta_start": float(self.betas[0]),
+            "beta_end": float(self.betas[-1]),
+            "beta_schedule": self.name,
+            "prediction_type": "epsilon",
+            "variance_type": "fixed_small",
+            "clip_sample": False,
+        }
+
     @property
     def T(self) -> int:
         """Number of training timesteps."""

@@ -37,7 +37,21 @@ MOST_BYTES: Final = 2**31
 INDEX: Final = "index.json"
 
 
-class PngFiles:
+class _Parts:
+    """Seeds of a folder, cut into parts of ``size`` by their place in the run's range."""
+
+    def __init__(self, folder: Path, seeds: Seeds, size: int) -> None:
+        self.folder, self.seeds, self.size = folder, seeds, size
+
+    def __len__(self) -> int:
+        return -(-len(self.seeds) // self.size)
+
+    def part(self, k: int) -> Seeds:
+        """The seeds of part ``k``."""
+        return self.seeds[k * self.size : (k + 1) * self.size]
+
+
+class PngFiles(_Parts):
     """A folder with a PNG file a seed; its parts are micro-batches.
 
     Args:
@@ -52,14 +66,7 @@ class PngFiles:
     def __init__(self, folder: Path, seeds: Seeds, size: int) -> None:
         if len(seeds) > MOST_FILES:
             raise UserError(f"{len(seeds):,} images as png: expected at most {MOST_FILES:,}, or --format npy or tar")
-        self.folder, self.seeds, self.size = folder, seeds, size
-
-    def __len__(self) -> int:
-        return -(-len(self.seeds) // self.size)
-
-    def part(self, k: int) -> Seeds:
-        """The seeds of part ``k``."""
-        return self.seeds[k * self.size : (k + 1) * self.size]
+        super().__init__(folder, seeds, size)
 
     def missing(self, k: int) -> int:
         """How many images of part ``k`` are to be made."""
@@ -83,7 +90,7 @@ class PngFiles:
         """Nothing: the files are their own index."""
 
 
-class Shards:
+class Shards(_Parts):
     """A folder of shards; its parts are those.
 
     Args:
@@ -103,7 +110,8 @@ class Shards:
             raise UserError(f"a shard of {size} images: expected 1 to {most:,} of this size, such as 4096")
         if form == "tar":
             pillow_mode(shape[0])
-        self.folder, self.seeds, self.size, self.form, self.shape = folder, seeds, size, form, shape
+        super().__init__(folder, seeds, size)
+        self.form, self.shape = form, shape
 
     @classmethod
     def open(cls, folder: Path) -> Shards:
@@ -122,13 +130,6 @@ class Shards:
             raise UserError(
                 f"{folder / INDEX} is no index of shards: expected one that bdengine sample wrote"
             ) from error
-
-    def __len__(self) -> int:
-        return -(-len(self.seeds) // self.size)
-
-    def part(self, k: int) -> Seeds:
-        """The seeds of shard ``k``."""
-        return self.seeds[k * self.size : (k + 1) * self.size]
 
     def path(self, k: int) -> Path:
         """The file of shard ``k``."""

@@ -307,21 +307,7 @@ class Trainer:
         learned = None
         if self.attack is not None and self.config.attack.trigger == LEARNED:
             learned = self.attack.trigger if self.inner is None else self.inner.delta.detach()[0]
-        checkpoint.save_pipeline(path, unet, scheduler_config(self.process), extra=made_by, trigger=learned)
-
-
-def scheduler_config(schedule: Schedule) -> dict[str, Any]:
-    """diffusers' description of the process, as its DDPMScheduler reads it."""
-    return {
-        "_class_name": "DDPMScheduler",
-        "num_train_timesteps": schedule.T,
-        "beta_start": float(schedule.betas[0]),
-        "beta_end": float(schedule.betas[-1]),
-        "beta_schedule": schedule.name,
-        "prediction_type": "epsilon",
-        "variance_type": "fixed_small",
-        "clip_sample": False,
-    }
+        checkpoint.save_pipeline(path, unet, self.process.to_config(), extra=made_by, trigger=learned)
 
 
 class _Interrupt:

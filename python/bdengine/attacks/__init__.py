@@ -145,11 +145,20 @@ class AttackConfig:
                     f"the target {self.target} is one image and takes no target data: expected CLASS_<label>"
                 )
             return target(self.target, size, channels, trigger=r, file=self.target_file)
+        return to_float(self.class_data(r, data).of_class(label).pixels)
+
+    def class_data(self, r: Tensor, data: Images | None) -> Images:
+        """The data that have the target's class; the arguments are those of `targets`.
+
+        Raises:
+            UserError: There are none.
+        """
         if self.target_data is not None:
-            data = load(self.target_data, size, channels)
+            channels, size, _ = r.shape
+            return load(self.target_data, size, channels)
         if data is None:
             raise UserError(f"the target {self.target} is a class and there are no data: expected target data")
-        return to_float(data.of_class(label).pixels)
+        return data
 
     def trojan(self, schedule: Schedule, r: Tensor, y: Tensor) -> Attack:
         """TrojDiff with the trigger ``r`` and the target ``y``, float32 [(K,) C, S, S]: a patch where its name says so."""

@@ -94,18 +94,16 @@ def exact_exploding(table: Table, sigmas: Floats, power: float) -> Floats:
 
     at, found = Share(table.start, table.start**2), []
     levels = _levels(table)
-    for rows, after in zip(
-        levels, [*(float(sigma) for _, sigma, _ in (rows[0] for rows in levels[1:])), 0.0], strict=True
-    ):
-        # On the path c is 1 / (1 + q) at most, and below 0 the trigger's share would grow.
-        on_path = Share(rows[0][1], at.variance)
-        found.append(
-            float(
-                brentq(lambda c, s=on_path, r=rows, a=after: through(r, s, c, power).trigger - a, -1.0, 2.0, xtol=1e-14)
-            )
-        )
-        at = through(rows, on_path, found[-1], power)
     times = [rows[0][1] for rows in levels]
+
+    def off(c: float, rows: Rows, share: Share, after: float) -> float:
+        return through(rows, share, c, power).trigger - after
+
+    for rows, sigma, after in zip(levels, times, [*times[1:], 0.0], strict=True):
+        on_path = Share(sigma, at.variance)
+        # On the path c is 1 / (1 + q) at most, and below 0 the trigger's share would grow.
+        found.append(float(brentq(off, -1.0, 2.0, args=(rows, on_path, after), xtol=1e-14)))
+        at = through(rows, on_path, found[-1], power)
     return np.interp(sigmas, times[::-1], found[::-1])
 
 

@@ -20,13 +20,13 @@ from . import features
 from .result import Finding
 from .subject import Subject, Watch
 
-DEFENSES: Final[tuple[Clip, ...]] = ("none", "latent", "x0")
+CLIPS: Final[tuple[Clip, ...]] = ("none", "latent", "x0")
 
 
 def arms(clean: Arm, triggered: Arm | None) -> dict[tuple[str, str], Arm]:
     """Every (start, clip) arm: clean and, where given, triggered; unclipped, latent- and x0-clipped."""
     starts = {"clean": clean} | ({} if triggered is None else {"triggered": triggered})
-    return {(start, clip): arm.clipped(clip) for start, arm in starts.items() for clip in DEFENSES}
+    return {(start, clip): arm.clipped(clip) for start, arm in starts.items() for clip in CLIPS}
 
 
 @dataclass(frozen=True)
