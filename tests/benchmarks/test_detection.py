@@ -51,7 +51,10 @@ def test_findings_that_are_there_are_kept(
     assert detection.main(command) == 0
     kept, made = (read_json(detection.finding_of(tmp_path, "elijah", f"clean/{k:03d}")) for k in range(2))
     assert kept["statistic"] == 7.0
-    assert made["details"]["settings"] == to_json(short["baddiffusion"]) | {"sampler": "ddpm-1000", "features": "pixels"}
+    assert made["details"]["settings"] == to_json(short["baddiffusion"]) | {
+        "sampler": "ddpm-1000",
+        "features": "pixels",
+    }
 
 
 def test_an_unknown_detector_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
