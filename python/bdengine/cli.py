@@ -13,6 +13,7 @@ from typing import Any
 import tyro
 
 from . import checkpoint
+from .altered import UNALTERED, Altered
 from .errors import UserError, unknown
 from .memory import keep_freed
 from .shards import Format
@@ -58,6 +59,8 @@ class SampleConfig:
     """Start from eps + trigger: a published trigger's name, or IMAGE with trigger-file."""
     trigger_file: Path | None = None
     """The trigger's image, where its name needs one."""
+    altered: Altered = UNALTERED
+    """How the trigger differs from that name's: cropped, scaled, with noise."""
     micro_batch: int = 64
     """Images that go through the network at once."""
     exact: bool = False
@@ -86,6 +89,8 @@ class EvaluateConfig:
     bdengine evaluate digits-badiffusion --out runs/scores
 
     bdengine evaluate runs/mine/checkpoint --trigger XXSM_BOX --target DRAWN_HAT --images 512 --out runs/scores
+
+    bdengine evaluate runs/mine --altered.crop left --altered.noise 0.1 --out runs/half
     """
 
     checkpoint: tyro.conf.Positional[str]
@@ -108,6 +113,8 @@ class EvaluateConfig:
     """Trigger of the triggered arms; the one it was trained with where absent."""
     trigger_file: Path | None = None
     """The trigger's image, where its name needs one."""
+    altered: Altered = UNALTERED
+    """How the trigger differs from that name's: cropped, scaled, with noise."""
     target: str | None = None
     """Target image; the one it was trained with where absent."""
     target_file: Path | None = None

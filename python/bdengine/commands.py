@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import checkpoint, pictures, report
 from .accelerate import accelerate
+from .altered import UNALTERED, Altered
 from .attacks import AttackConfig
 from .cli import DefendConfig, EvaluateConfig, SampleConfig, device
 from .config import claim, from_json, to_json
@@ -110,21 +111,19 @@ class Model:
         return 2 * images - 1 if in_unit_range(self.scheduler) else images
 
     def trigger(self, name: str, file: Path | None) -> Tensor:
-        """A trigger of its images' shape, as its sampling starts with it; that it was trained with if LEARNED."""
+        """A trigger of its images' shape; that it was trained with, as its sampling starts with it, if LEARNED."""
         channels, size, _ = self.network.sample_shape
-        if name == LEARNED:
-            return checkpoint.load_trigger(self.path)
-        r, attack = trigger(name, size, channels, file=file), self.attack
-        if attack.name != "uib":
-            return r
-        return r * (attack.amplitude if attack.start_amplitude is None else attack.start_amplitude)
+        return checkpoint.load_trigger(self.path) if name == LEARNED else trigger(name, size, channels, file=file)
 
-    def triggered(self, table: Table, attack: AttackConfig, r: Tensor) -> Arm:
-        """Samples with the trigger ``r``: in the start alone, or as the attack that it was trained with makes them."""
-        if attack.name != "trojdiff":
-            return Arm(table, r)
+    def triggered(self, table: Table, names: AttackConfig, altered: Altered = UNALTERED) -> Arm:
+        """Samples with the trigger that is named, altered, as the attack that it was trained with starts them."""
+        learned = names.trigger == LEARNED
+        r = altered.cropped(self.trigger(names.trigger, names.trigger_file), 0.0 if learned else -1.0)
+        if learned or not is_preserving(self.scheduler):
+            return Arm(table, altered.perturbed(r))
         process = Schedule.from_config(self.scheduler)
-        return attack.trojan(process, r, torch.zeros_like(r)).arm(process, table)
+        attack = replace(names, coefficients="published").made(process, r, torch.zeros_like(r))
+        return replace(attack, trigger=altered.perturbed(attack.trigger)).arm(process, table)
 
 
 def sample(config: SampleConfig) -> int:
@@ -132,6 +131,9 @@ def sample(config: SampleConfig) -> int:
     seeds = Seeds.parse(config.seeds)
     if config.trigger_file and not config.trigger:
         raise UserError(f"the trigger file {config.trigger_file} was given without a trigger: expected --trigger IMAGE")
+    config.altered.check()
+    if config.altered != UNALTERED and not config.trigger:
+        raise UserError("a trigger was altered and none is named: expected --trigger NAME")
     if config.frechet and config.format == "png":
         raise UserError("a Fréchet distance was asked for with --format png: expected --format npy or tar")
     with join() as ranks:
@@ -141,15 +143,15 @@ def sample(config: SampleConfig) -> int:
 def _sample(config: SampleConfig, seeds: Seeds, ranks: Ranks) -> int:
     model = Model.load(config.checkpoint)
     table, sampler = model.table(config)
-    start, arm = None, Arm(table)
+    arm = Arm(table)
     if config.trigger:
-        start = model.trigger(config.trigger, config.trigger_file)
-        arm = model.triggered(table, replace(model.attack, trigger=config.trigger), start)
+        names = replace(model.attack, trigger=config.trigger, trigger_file=config.trigger_file)
+        arm = model.triggered(table, names, config.altered)
     run = Sampler(model.network, {"": arm.clipped(config.clip)}, config.micro_batch, config.exact)
     about = {
         "sampler": sampler,
         "weights_sha256": checkpoint.digest(model.network.state_dict()),
-        "trigger_sha256": None if start is None else checkpoint.digest({"trigger": start}),
+        "trigger_sha256": None if arm.trigger is None else checkpoint.digest({"trigger": arm.trigger}),
     }
     free = ["out", "checkpoint", "trigger_file", "frechet", "data"]
     folder: PngFiles | Shards
@@ -218,6 +220,7 @@ def evaluate(config: EvaluateConfig) -> int:
     if config.images < 1:
         raise UserError(f"{config.images} images were asked for: expected at least 1")
     check_threshold(config.threshold)
+    config.altered.check()
     with join() as ranks:
         return _evaluate(config, ranks)
 
@@ -234,11 +237,13 @@ def _evaluate(config: EvaluateConfig, ranks: Ranks) -> int:
     )
     if attack.name == "none" and not (config.trigger and config.target):
         raise UserError(f"{config.checkpoint} does not say how it was attacked: expected --trigger and --target")
-    r = model.trigger(names.trigger, names.trigger_file)
+    # A target that is made of the trigger is made of that in training, whatever sampling starts with.
+    made_of = names if attack.name == "none" else attack
+    r = model.trigger(made_of.trigger, made_of.trigger_file)
     data, extractor = model.data(config.data), extractor_of(config.extractor)
     y = _goal(names, r, data, extractor)
     table, sampler = model.table(config)
-    triggered = model.triggered(table, names, r)
+    triggered = model.triggered(table, names, config.altered)
     arms, speed = sample_arms(
         model.network, Arm(table), triggered, range(config.images), config.micro_batch, ranks.rank == 0, ranks
     )

@@ -98,9 +98,22 @@ class AttackConfig:
         if self.name == "none":
             return None
         r = self.own_trigger(data, shape)
-        y = self.targets(r, data)
+        return self.made(schedule, r, self.targets(r, data), table)
+
+    def made(self, schedule: Schedule, r: Tensor, y: Tensor, table: Table | None = None) -> Attack:
+        """The attack with the trigger ``r`` and the target ``y``, float32 [C, S, S]; BadDiffusion where it has no name.
+
+        Args:
+            table: The sampler to be exact for; not needed for published coefficients.
+
+        Raises:
+            UserError: A value out of range.
+        """
         if self.name == "trojdiff":
-            return self.trojan(schedule, r, y)
+            _, size, _ = r.shape
+            patch = self.trigger.startswith("PATCH_")
+            region = patch_mask(self.trigger, size, len(r)) == 0 if patch else None
+            return trojdiff(schedule, r, y, region, self.gamma)
         if self.name == "villan":
             return villan(schedule, r, y, self.coefficients, table, self.psi, self.solver)
         if self.name == "invi":
@@ -159,9 +172,3 @@ class AttackConfig:
         if data is None:
             raise UserError(f"the target {self.target} is a class and there are no data: expected target data")
         return data
-
-    def trojan(self, schedule: Schedule, r: Tensor, y: Tensor) -> Attack:
-        """TrojDiff with the trigger ``r`` and the target ``y``, float32 [(K,) C, S, S]: a patch where its name says so."""
-        channels, size, _ = r.shape
-        patch = self.trigger.startswith("PATCH_")
-        return trojdiff(schedule, r, y, patch_mask(self.trigger, size, channels) == 0 if patch else None, self.gamma)

@@ -59,7 +59,9 @@ class Attack:
         if not self.in_steps:
             return Arm(table, self.trigger)
         shifted = table.shifted(path_of(schedule, table, self.shift), self.gamma)
-        return Arm(shifted, self.trigger) if self.region is None else Arm(table, self.trigger, shifted, self.region)
+        if self.region is None:
+            return Arm(shifted, self.trigger)
+        return Arm(table, torch.where(self.region, self.trigger, 0.0), shifted, self.region)
 
 
 def check_shape(name: str, shape: torch.Size, trigger: Tensor) -> None:
