@@ -119,6 +119,7 @@ class Model:
         """Samples with the trigger that is named, altered, as the attack that it was trained with starts them."""
         learned = names.trigger == LEARNED
         r = altered.cropped(self.trigger(names.trigger, names.trigger_file), 0.0 if learned else -1.0)
+        r = (r + 1) / 2 if in_unit_range(self.scheduler) else r
         if learned or not is_preserving(self.scheduler):
             return Arm(table, altered.perturbed(r))
         process = Schedule.from_config(self.scheduler)
@@ -249,6 +250,7 @@ def _evaluate(config: EvaluateConfig, ranks: Ranks) -> int:
     )
     if ranks.rank > 0:
         return 0
+    arms = {key: model.shown(images) for key, images in arms.items()}
     reference = Reference.of(data, extractor)
     scores = {
         "source": Path(config.checkpoint).name,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..data import Images, load, to_float
 from ..errors import UserError, unknown
-from ..schedule import Schedule
+from ..schedule import Exploding, Schedule
 from ..solvers import Table
 from ..triggers import LEARNED, class_of, patch_mask, target, trigger
 from .baddiffusion import COEFFICIENTS, Coefficients, baddiffusion
@@ -81,7 +81,11 @@ class AttackConfig:
     """Of trojdiff: share of noise in the trigger's pixels; 0.6 for a blend and 0.1 for a patch where absent."""
 
     def build(
-        self, schedule: Schedule, shape: tuple[int, int, int], table: Table, data: Images | None = None
+        self,
+        process: Schedule | Exploding,
+        shape: tuple[int, int, int],
+        table: Table,
+        data: Images | None = None,
     ) -> Attack | None:
         """The attack on images of ``shape`` (C, S, S), to be sampled with ``table``; None for "none".
 
@@ -98,17 +102,26 @@ class AttackConfig:
         if self.name == "none":
             return None
         r = self.own_trigger(data, shape)
-        return self.made(schedule, r, self.targets(r, data), table)
+        return self.made(process, r, self.targets(r, data), table)
 
-    def made(self, schedule: Schedule, r: Tensor, y: Tensor, table: Table | None = None) -> Attack:
-        """The attack with the trigger ``r`` and the target ``y``, float32 [C, S, S]; BadDiffusion where it has no name.
+    def made(self, process: Schedule | Exploding, r: Tensor, y: Tensor, table: Table | None = None) -> Attack:
+        """The attack with the trigger ``r`` and the target ``y``; BadDiffusion where it has no name.
 
         Args:
+            r: float32 [C, S, S] in [-1, 1]; a variance-exploding process has it, and the target, in [0, 1].
+            y: float32 [C, S, S] or [K, C, S, S] in [-1, 1].
             table: The sampler to be exact for; not needed for published coefficients.
 
         Raises:
-            UserError: A value out of range.
+            UserError: A value out of range, or an attack that is defined with betas on a process without.
         """
+        if isinstance(process, Exploding):
+            if self.name != "villan":
+                raise UserError(
+                    f"the attack {self.name} needs betas and the process is variance exploding: expected villan"
+                )
+            return villan_ve(process.sigmas, (r + 1) / 2, (y + 1) / 2, self.coefficients, table)
+        schedule = process
         if self.name == "trojdiff":
             _, size, _ = r.shape
             patch = self.trigger.startswith("PATCH_")

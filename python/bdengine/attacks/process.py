@@ -18,7 +18,7 @@ from bdkernels import NOISING_COLUMNS, Noising
 
 from ..arms import Arm
 from ..errors import UserError
-from ..schedule import Floats, Schedule
+from ..schedule import Exploding, Floats, Schedule
 from ..solvers import Table
 from .exact import path_of
 
@@ -74,7 +74,7 @@ def check_shape(name: str, shape: torch.Size, trigger: Tensor) -> None:
         raise UserError(f"the {name} has shape {tuple(shape)}: expected the trigger's {tuple(trigger.shape)}")
 
 
-def noising_table(schedule: Schedule, attack: Attack | None) -> Tensor:
+def noising_table(schedule: Schedule | Exploding, attack: Attack | None) -> Tensor:
     """The table of `bdkernels.fused_noising` and `fused_loss`: float32 [3, T, NOISING_COLUMNS], arms CLEAN, POISONED, OUTSIDE.
 
     Without an attack all arms are clean. Every timestep has the loss weight 1.
