@@ -55,13 +55,15 @@ class Attack:
     in_steps: bool = False
 
     def arm(self, schedule: Schedule, table: Table) -> Arm:
-        """How triggered samples are made with the sampler ``table``."""
+        """How triggered samples are made with the sampler ``table``; one that starts late starts on the attack's path."""
+        path = path_of(schedule, table, self.shift)
+        r = self.trigger if table.start == 1 else self.trigger * float(path[0] / table.start)
         if not self.in_steps:
-            return Arm(table, self.trigger)
-        shifted = table.shifted(path_of(schedule, table, self.shift), self.gamma)
+            return Arm(table, r)
+        shifted = table.shifted(path, self.gamma)
         if self.region is None:
-            return Arm(shifted, self.trigger)
-        return Arm(table, torch.where(self.region, self.trigger, 0.0), shifted, self.region)
+            return Arm(shifted, r)
+        return Arm(table, torch.where(self.region, r, 0.0), shifted, self.region)
 
 
 def check_shape(name: str, shape: torch.Size, trigger: Tensor) -> None:
