@@ -141,13 +141,17 @@ class Exploding:
     sigmas: Floats
 
     def to_config(self) -> dict[str, Any]:
-        """As ScoreSdeVeScheduler reads it, with the corrector of the published backdoors."""
+        """As ScoreSdeVeScheduler reads it.
+
+        The corrector's ratio is that scheduler's usual one. With the published backdoors' 0.075, made for 2,000 levels, 100
+        levels left noise: 0.060 in the black border of digits, 0.005 with 0.15.
+        """
         return {
             "_class_name": "ScoreSdeVeScheduler",
             "num_train_timesteps": self.T,
             "sigma_min": float(self.sigmas[0]),
             "sigma_max": float(self.sigmas[-1]),
-            "snr": 0.075,
+            "snr": 0.15,
             "correct_steps": 1,
         }
 

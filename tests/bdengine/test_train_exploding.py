@@ -104,7 +104,7 @@ def test_what_is_saved_is_a_score_sde_pipeline(tmp_path: Path) -> None:
     folder = tmp_path / "run" / "checkpoint"
     stock = ScoreSdeVePipeline.from_pretrained(folder)
     assert stock.scheduler.config.sigma_max == 10
-    assert stock.scheduler.config.snr == 0.075
+    assert stock.scheduler.config.snr == 0.15
     stock.set_progress_bar_config(disable=True)
     image = stock(num_inference_steps=3, output_type="numpy").images
     assert image.shape == (1, 8, 8, 3)
