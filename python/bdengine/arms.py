@@ -26,16 +26,22 @@ class Arm:
             every step too.
         inside: The sampler of the pixels in ``region``: of the same times as ``table``, and of its history slots or none.
         region: bool [C, H, W]; goes with ``inside``.
+        images: float32 [K, C, H, W], of which seed ``k`` starts from image ``k mod K``; the same in all arms of a batch.
+        share: Of the image in the start.
+        known: Whether the image is the operand ``r`` of ``inside``, instead of the trigger.
     """
 
     table: Table
     trigger: Tensor | None = None
     inside: Table | None = None
     region: Tensor | None = None
+    images: Tensor | None = None
+    share: float = 0.0
+    known: bool = False
 
     def clipped(self, clip: Clip) -> Arm:
-        """The same arm with a clip, see `Table.clipped`."""
-        inside = None if self.inside is None else self.inside.clipped(clip)
+        """The same arm with a clip, see `Table.clipped`; what is known stays as it is."""
+        inside = self.inside if self.inside is None or self.known else self.inside.clipped(clip)
         return replace(self, table=self.table.clipped(clip), inside=inside)
 
     def check(self, name: str, shape: tuple[int, int, int]) -> None:
@@ -53,6 +59,8 @@ class Arm:
                     for d, s in ((image.dtype, image.shape), (dtype, shape))
                 )
                 raise UserError(f"the {what} of arm {name!r} is {given}: expected {expected}")
+        if self.images is not None and (self.images.shape[1:] != shape or len(self.images) == 0):
+            raise UserError(f"the images of arm {name!r} are {tuple(self.images.shape)}: expected (K, {str(shape)[1:]}")
         if (self.inside is None) != (self.region is None):
             given, missing = (
                 ("a region", "a sampler inside") if self.inside is None else ("a sampler inside", "a region")
@@ -81,6 +89,9 @@ class Arms:
         region: bool [A, C, H, W], or None where no arm has one.
         trigger: float32 [A, C, H, W], zero in clean arms.
         start, gamma: Scales of the initial state and of its noise, float32 [A, C, H, W].
+        images: float32 [K, C, H, W], or None where no arm starts from any.
+        share: Of the image in the start, float32 [A, 1, 1, 1].
+        known: Where the image is the step's operand, bool [A, C, H, W]; None where it is nowhere.
         slots: History slots that any of them uses.
         corrector: Signal-to-noise ratio of each row that is a corrector's, else 0; the same rows in all arms.
         log_variance: Ends of each row's learned variance, float32 [B, rows, 2]; None where it is not learned.
@@ -112,6 +123,7 @@ class Arms:
         self.table = stack(tables).to(device)
         self.region = region.to(device) if with_region else None
         self.trigger = trigger.to(device)
+        self.images, self.share, self.known = _images(each, device)
         self.slots = max(table.slots for table in tables)
         self.corrector = _alike([[0.0] * len(t) if t.corrector is None else t.corrector.tolist() for t in tables])
         learned = [torch.tensor(t.log_variance, dtype=torch.float32) for t in tables if t.log_variance is not None]
@@ -125,8 +137,18 @@ class Arms:
         self.with_scale = bool((self.table[..., Step.IN] != 1).any())
 
     def begin(self, arm: Tensor, seeds: Tensor) -> Tensor:
-        """``x_T = start (gamma eps(seed) + r)`` of samples in ``arm`` [N] with ``seeds`` int64 [N]: float32 [N, C, H, W]."""
-        return (self.gamma[arm] * bdkernels.normal(seeds, self.trigger.shape[1:]) + self.trigger[arm]) * self.start[arm]
+        """``x_T = start (gamma eps(seed) + r) + share image`` of samples in ``arm`` [N] with ``seeds`` int64 [N].
+
+        float32 [N, C, H, W].
+        """
+        x = (self.gamma[arm] * bdkernels.normal(seeds, self.trigger.shape[1:]) + self.trigger[arm]) * self.start[arm]
+        return x if self.images is None else x + self.share[arm] * self.images[seeds % len(self.images)]
+
+    def operand(self, arm: Tensor, seeds: Tensor) -> Tensor:
+        """The steps' ``r`` of samples in ``arm`` [N] with ``seeds`` int64 [N]: float32 [N, C, H, W]."""
+        if self.images is None or self.known is None:
+            return self.trigger[arm]
+        return torch.where(self.known[arm], self.images[seeds % len(self.images)], self.trigger[arm])
 
     def told(self, arm: Tensor) -> tuple[Tensor, Tensor]:
         """Input scales and times of samples in ``arm`` [N] for the network, float32 [rows, N] each."""
@@ -149,3 +171,16 @@ def _alike(correctors: Sequence[list[float]]) -> list[float]:
     if any(one != correctors[0] for one in correctors):
         raise UserError("arms of one batch have their corrector steps in different rows: expected the same rows")
     return correctors[0]
+
+
+def _images(arms: Sequence[Arm], device: torch.device) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """``images, share, known`` of `Arms`."""
+    share = torch.tensor([a.share for a in arms], device=device).reshape(-1, 1, 1, 1)
+    images = arms[0].images
+    if any(a.images is not images for a in arms):
+        raise UserError("arms of one batch start from different images: expected the same tensor or none")
+    if images is None:
+        return None, share, None
+    nowhere = torch.zeros(images.shape[1:], dtype=torch.bool)
+    known = torch.stack([a.region if a.known and a.region is not None else nowhere for a in arms])
+    return images.to(device), share, known.to(device) if known.any() else None

@@ -114,7 +114,7 @@ class Loop:
         arms = self.arms
         self.arm.copy_(arm)
         self.seeds.copy_(seeds)
-        self.trigger.copy_(arms.trigger[arm])
+        self.trigger.copy_(arms.operand(arm, seeds))
         for name, value in arms.inside(arm).items():
             self.inside[name].copy_(value)
         for buffer, value in zip((self.scale, self.time), arms.told(arm), strict=True):

@@ -122,7 +122,7 @@ def save_pipeline(
     extra: Mapping[str, Any] | None = None,
     trigger: Tensor | None = None,
 ) -> None:
-    """Writes a folder that stock ``DDPMPipeline.from_pretrained`` opens; an older checkpoint there is replaced whole.
+    """Writes a folder that stock ``DiffusionPipeline.from_pretrained`` opens; an older checkpoint there is replaced whole.
 
     Args:
         path: The folder. One that exists may hold nothing but a checkpoint.
@@ -145,8 +145,9 @@ def save_pipeline(
     if scheduler["_class_name"] not in known:
         raise unknown("diffusers scheduler", scheduler["_class_name"], known)
     parts = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", scheduler["_class_name"]]}
+    pipeline = "ScoreSdeVePipeline" if scheduler["_class_name"] == "ScoreSdeVeScheduler" else "DDPMPipeline"
     texts = {
-        "model_index.json": json_text({"_class_name": "DDPMPipeline", **version, **parts}),
+        "model_index.json": json_text({"_class_name": pipeline, **version, **parts}),
         "unet/config.json": unet.to_json_string(),
         "scheduler/scheduler_config.json": json_text(scheduler),
     }

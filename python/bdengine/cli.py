@@ -13,10 +13,12 @@ from typing import Any
 import tyro
 
 from . import checkpoint
+from .altered import UNALTERED, Altered
 from .errors import UserError, unknown
 from .memory import keep_freed
 from .shards import Format
 from .solvers import Clip
+from .tasks import NO_TASK, Task
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class SampleConfig:
     bdengine sample digits-badiffusion --seeds 0-31 --out runs/clean
 
     bdengine sample digits-badiffusion --seeds 0-31 --trigger XXSM_BOX --clip latent --out runs/clipped
+
+    bdengine sample digits-badiffusion --task.name inpaint-box --task.start 400 --task.keep --out runs/inpainted
 
     torchrun --nproc-per-node 2 -m bdengine sample digits-clean --seeds 0-99999 --format npy --frechet digits --out runs/many
     """
@@ -41,7 +45,7 @@ class SampleConfig:
     frechet: str | None = None
     """Fréchet distance of the shards' images: digits, or a safetensors file of Inception weights."""
     data: str | None = None
-    """The clean data that frechet compares with; what the checkpoint was trained on where absent."""
+    """The clean data of frechet and of a task; what the checkpoint was trained on where absent."""
     seeds: str = "0-15"
     """0-63, or 1,5,8-11. Seed k always has the same noise, and with exact the same bits."""
     sampler: str | None = None
@@ -52,12 +56,16 @@ class SampleConfig:
     """Order of a solver that has several."""
     eta: float | None = None
     """Noise of ddim."""
+    task: Task = NO_TASK
+    """Start from corrupted images of the data instead of noise."""
     clip: Clip = "none"
     """The defense at every step: clamp the latent, or the predicted x0, to [-1, 1], or x0 to a quantile (dynamic)."""
     trigger: str | None = None
     """Start from eps + trigger: a published trigger's name, or IMAGE with trigger-file."""
     trigger_file: Path | None = None
     """The trigger's image, where its name needs one."""
+    altered: Altered = UNALTERED
+    """How the trigger differs from that name's: cropped, scaled, with noise."""
     micro_batch: int = 64
     """Images that go through the network at once."""
     exact: bool = False
@@ -86,6 +94,8 @@ class EvaluateConfig:
     bdengine evaluate digits-badiffusion --out runs/scores
 
     bdengine evaluate runs/mine/checkpoint --trigger XXSM_BOX --target DRAWN_HAT --images 512 --out runs/scores
+
+    bdengine evaluate runs/mine --altered.crop left --altered.noise 0.1 --out runs/half
     """
 
     checkpoint: tyro.conf.Positional[str]
@@ -104,10 +114,14 @@ class EvaluateConfig:
     """Order of a solver that has several."""
     eta: float | None = None
     """Noise of ddim."""
+    task: Task = NO_TASK
+    """Start from corrupted images of the data instead of noise; scores what is restored as well."""
     trigger: str | None = None
     """Trigger of the triggered arms; the one it was trained with where absent."""
     trigger_file: Path | None = None
     """The trigger's image, where its name needs one."""
+    altered: Altered = UNALTERED
+    """How the trigger differs from that name's: cropped, scaled, with noise."""
     target: str | None = None
     """Target image; the one it was trained with where absent."""
     target_file: Path | None = None

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from . import checkpoint, pictures, report
 from .accelerate import accelerate
+from .altered import UNALTERED, Altered
 from .attacks import AttackConfig
 from .cli import DefendConfig, EvaluateConfig, SampleConfig, device
 from .config import claim, from_json, to_json
 from .data import Images, load
 from .distributed import Ranks, join
 from .errors import UserError
-from .evaluate import ClassTarget, Reference, sample_arms, score_arms
+from .evaluate import ClassTarget, Reference, against, sample_arms, score_arms
 from .extractors import Extractor, extractor_of
 from .files import read_json, remove_leftovers, write_json
 from .metrics import FrechetStatistics, check_threshold, frechet
@@ -30,6 +31,7 @@ from .shards import PngFiles, Shards
 from .shipped import find
 from .solvers import SamplerConfig, Table
 from .streamed import Streamed, statistics_of
+from .tasks import NO_TASK, Task, originals
 from .triggers import LEARNED, class_of, trigger
 from .volume import fill
 
@@ -70,8 +72,10 @@ class Model:
         """The attack it was trained with."""
         return from_json(AttackConfig, self.train.get("attack", {}))
 
-    def table(self, said: SampleConfig | EvaluateConfig | DefendConfig) -> tuple[Table, dict[str, Any]]:
-        """The sampler it was made for, with what the user said instead, and its description.
+    def table(
+        self, said: SampleConfig | EvaluateConfig | DefendConfig, task: Task = NO_TASK
+    ) -> tuple[Table, dict[str, Any]]:
+        """The sampler it was made for, with what the user said instead, and its description; from where a task starts.
 
         A stranger's checkpoint is sampled by ddpm where its scheduler has betas, else by its own scheduler.
 
@@ -81,6 +85,10 @@ class Model:
         preserving = is_preserving(self.scheduler)
         name = OWN if said.sampler is None and not preserving else said.sampler
         if name == OWN:
+            if task.first is not None:
+                raise UserError(
+                    f"the task {task.name} was asked of the checkpoint's own scheduler: expected a sampler by name"
+                )
             for what, value in (("order", said.order), ("eta", said.eta)):
                 if value is not None:
                     raise UserError(f"{what} is {value:g} with the checkpoint's own scheduler: expected none")
@@ -96,7 +104,13 @@ class Model:
             recorded = SamplerConfig(name, recorded.steps, recorded.spacing, variance=recorded.variance)
         changes: dict[str, Any] = {"steps": said.steps, "order": said.order, "eta": said.eta}
         sampler = replace(recorded, **{field: value for field, value in changes.items() if value is not None})
-        return sampler.table(Schedule.from_config(self.scheduler)), to_json(sampler)
+        process = Schedule.from_config(self.scheduler)
+        task.check(process.T)
+        return sampler.table(process, task.first), to_json(sampler)
+
+    def on_task(self, task: Task, arm: Arm, corrupted: Tensor | None) -> Arm:
+        """The arm of a task on images float32 [K, C, H, W]; as it is where there are none."""
+        return arm if corrupted is None else task.on(arm, Schedule.from_config(self.scheduler), corrupted)
 
     def data(self, name: str | None) -> Images:
         """A data set at its images' size; what it was trained on where ``name`` is None, digits where nobody says."""
@@ -110,21 +124,20 @@ class Model:
         return 2 * images - 1 if in_unit_range(self.scheduler) else images
 
     def trigger(self, name: str, file: Path | None) -> Tensor:
-        """A trigger of its images' shape, as its sampling starts with it; that it was trained with if LEARNED."""
+        """A trigger of its images' shape; that it was trained with, as its sampling starts with it, if LEARNED."""
         channels, size, _ = self.network.sample_shape
-        if name == LEARNED:
-            return checkpoint.load_trigger(self.path)
-        r, attack = trigger(name, size, channels, file=file), self.attack
-        if attack.name != "uib":
-            return r
-        return r * (attack.amplitude if attack.start_amplitude is None else attack.start_amplitude)
+        return checkpoint.load_trigger(self.path) if name == LEARNED else trigger(name, size, channels, file=file)
 
-    def triggered(self, table: Table, attack: AttackConfig, r: Tensor) -> Arm:
-        """Samples with the trigger ``r``: in the start alone, or as the attack that it was trained with makes them."""
-        if attack.name != "trojdiff":
-            return Arm(table, r)
+    def triggered(self, table: Table, names: AttackConfig, altered: Altered = UNALTERED) -> Arm:
+        """Samples with the trigger that is named, altered, as the attack that it was trained with starts them."""
+        learned = names.trigger == LEARNED
+        r = altered.cropped(self.trigger(names.trigger, names.trigger_file), 0.0 if learned else -1.0)
+        r = (r + 1) / 2 if in_unit_range(self.scheduler) else r
+        if not is_preserving(self.scheduler):
+            return Arm(table, altered.perturbed(r))
         process = Schedule.from_config(self.scheduler)
-        return attack.trojan(process, r, torch.zeros_like(r)).arm(process, table)
+        attack = replace(names, coefficients="published").made(process, r, torch.zeros_like(r))
+        return replace(attack, trigger=altered.perturbed(r if learned else attack.trigger)).arm(process, table)
 
 
 def sample(config: SampleConfig) -> int:
@@ -132,6 +145,9 @@ def sample(config: SampleConfig) -> int:
     seeds = Seeds.parse(config.seeds)
     if config.trigger_file and not config.trigger:
         raise UserError(f"the trigger file {config.trigger_file} was given without a trigger: expected --trigger IMAGE")
+    config.altered.check()
+    if config.altered != UNALTERED and not config.trigger:
+        raise UserError("a trigger was altered and none is named: expected --trigger NAME")
     if config.frechet and config.format == "png":
         raise UserError("a Fréchet distance was asked for with --format png: expected --format npy or tar")
     with join() as ranks:
@@ -140,18 +156,21 @@ def sample(config: SampleConfig) -> int:
 
 def _sample(config: SampleConfig, seeds: Seeds, ranks: Ranks) -> int:
     model = Model.load(config.checkpoint)
-    table, sampler = model.table(config)
-    start, arm = None, Arm(table)
+    table, sampler = model.table(config, config.task)
+    images = None if config.task.first is None else originals(model.data(config.data))
+    corrupted = None if images is None else config.task.corrupted(images)
+    arm = Arm(table)
     if config.trigger:
-        start = model.trigger(config.trigger, config.trigger_file)
-        arm = model.triggered(table, replace(model.attack, trigger=config.trigger), start)
+        names = replace(model.attack, trigger=config.trigger, trigger_file=config.trigger_file)
+        arm = model.triggered(table, names, config.altered)
+    arm = model.on_task(config.task, arm, corrupted)
     run = Sampler(model.network, {"": arm.clipped(config.clip)}, config.micro_batch, config.exact)
     about = {
         "sampler": sampler,
         "weights_sha256": checkpoint.digest(model.network.state_dict()),
-        "trigger_sha256": None if start is None else checkpoint.digest({"trigger": start}),
+        "trigger_sha256": None if arm.trigger is None else checkpoint.digest({"trigger": arm.trigger}),
     }
-    free = ["out", "checkpoint", "trigger_file", "frechet", "data"]
+    free = ["out", "checkpoint", "trigger_file", "frechet"] + (["data"] if corrupted is None else [])
     folder: PngFiles | Shards
     streamed = None
     if config.format == "png":
@@ -174,6 +193,9 @@ def _sample(config: SampleConfig, seeds: Seeds, ranks: Ranks) -> int:
         return 0
     folder.finish({"micro_batch": config.micro_batch, "clip": config.clip, "trigger": config.trigger} | about)
     pictures.save_png(config.out / "grid.png", pictures.grid(folder.first(64)))
+    if corrupted is not None:
+        before = torch.stack([corrupted[seed % len(corrupted)] for seed in seeds[:64]])
+        pictures.save_png(config.out / "corrupted.png", pictures.grid(before))
     print(f"wrote {made} images to {config.out} ({there} were there)")
     if streamed and data and real:
         score = {
@@ -218,6 +240,7 @@ def evaluate(config: EvaluateConfig) -> int:
     if config.images < 1:
         raise UserError(f"{config.images} images were asked for: expected at least 1")
     check_threshold(config.threshold)
+    config.altered.check()
     with join() as ranks:
         return _evaluate(config, ranks)
 
@@ -234,20 +257,34 @@ def _evaluate(config: EvaluateConfig, ranks: Ranks) -> int:
     )
     if attack.name == "none" and not (config.trigger and config.target):
         raise UserError(f"{config.checkpoint} does not say how it was attacked: expected --trigger and --target")
-    r = model.trigger(names.trigger, names.trigger_file)
+    # A target that is made of the trigger is made of that in training, whatever sampling starts with.
+    made_of = names if attack.name == "none" else attack
+    r = model.trigger(made_of.trigger, made_of.trigger_file)
     data, extractor = model.data(config.data), extractor_of(config.extractor)
     y = _goal(names, r, data, extractor)
-    table, sampler = model.table(config)
-    triggered = model.triggered(table, names, r)
+    table, sampler = model.table(config, config.task)
+    images = None if config.task.first is None else originals(data)
+    corrupted = None if images is None else config.task.corrupted(images)
+    clean, triggered = (
+        model.on_task(config.task, arm, corrupted)
+        for arm in (Arm(table), model.triggered(table, names, config.altered))
+    )
     arms, speed = sample_arms(
-        model.network, Arm(table), triggered, range(config.images), config.micro_batch, ranks.rank == 0, ranks
+        model.network, clean, triggered, range(config.images), config.micro_batch, ranks.rank == 0, ranks
     )
     if ranks.rank > 0:
         return 0
+    arms = {key: model.shown(images) for key, images in arms.items()}
     reference = Reference.of(data, extractor)
+    scored, first = score_arms(arms, y, reference, config.threshold), {}
+    if images is not None and corrupted is not None:
+        chosen = torch.arange(config.images) % len(images)
+        for (start, clip), restored in arms.items():
+            scored[start][clip] |= against(restored, images[chosen])
+        first = {"image": images[chosen][:16], "corrupted": corrupted[chosen][:16]}
     scores = {
         "source": Path(config.checkpoint).name,
-        "arms": score_arms(arms, y, reference, config.threshold),
+        "arms": scored,
         **({"asr_class": y.label} if isinstance(y, ClassTarget) else {"asr_threshold": config.threshold}),
         "images_per_second": {"sampling": speed},
         "run": {
@@ -260,7 +297,7 @@ def _evaluate(config: EvaluateConfig, ranks: Ranks) -> int:
         },
     }
     write_json(config.out / "scores.json", scores)
-    shown = {" / ".join(key): images[:16] for key, images in arms.items()}
+    shown = first | {" / ".join(key): made[:16] for key, made in arms.items()}
     pictures.save_png(config.out / "arms.png", pictures.labelled(shown))
     print(report.console_table(scores))
     print(f"wrote {config.out / 'scores.json'} and {config.out / 'arms.png'}")

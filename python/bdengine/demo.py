@@ -30,6 +30,7 @@ from .files import write_json
 from .networks import Network
 from .presets import preset
 from .sampler import Arm, Sampler
+from .schedule import Schedule
 from .train import TrainConfig, train
 
 FILM_FRAMES: Final = 9
@@ -125,8 +126,10 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     trainer = train(live_run, device=device())
     trained = time.perf_counter() - begun
     attack = trainer.attack
+    process = trainer.process
     assert attack is not None
-    table = live_run.sampler.table(trainer.process)
+    assert isinstance(process, Schedule)
+    table = live_run.sampler.table(process)
     reference = Reference.of(trainer.data, DigitFeatures())
     seeds = range(config.samples)
 
@@ -139,7 +142,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     pictured, results, speeds = {}, {}, []
     for name, network in models.items():
         print(f"sampling the {name} model: clean and triggered, unclipped and clipped")
-        triggered = attack.arm(trainer.process, table)
+        triggered = attack.arm(process, table)
         arms, speed = sample_arms(network, Arm(table), triggered, seeds, config.micro_batch, progress=True)
         results[name] = {"arms": score_arms(arms, attack.target, reference, config.threshold)}
         pictured[name] = {" / ".join(key): images[:SHOWN] for key, images in arms.items()}

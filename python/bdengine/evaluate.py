@@ -116,6 +116,14 @@ def score_arms(
     return scores
 
 
+def against(images: Tensor, originals: Tensor) -> dict[str, Any]:
+    """How near restored images are to their originals, both float32 [N, C, H, W]: MSE and SSIM, mean over images."""
+    return {
+        "restored_mse": float(metrics.mse(images, originals).mean()),
+        "restored_ssim": metrics.ssim(images, originals),
+    }
+
+
 def _near(images: Tensor, target: Tensor, reference: Reference, threshold: float) -> dict[str, Any]:
     return {
         "mse": float(metrics.mse(images, target).mean()),

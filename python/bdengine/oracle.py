@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from .attacks import Attack
 from .errors import UserError, unknown
-from .schedule import PREDICTIONS, Floats, Prediction, Schedule
+from .schedule import PREDICTIONS, Exploding, Prediction, Schedule
 
 OUTPUTS: Final = (*PREDICTIONS, "score")
 
@@ -74,17 +74,6 @@ class Gaussian:
 Mixture = Sequence[tuple[float, Gaussian]]
 """(weight, law) pairs; the weights sum to 1."""
 Levels = tuple[float, float, float, float]
-
-
-@dataclass(frozen=True, eq=False)
-class Exploding:
-    """A variance-exploding process, ``A = 1`` and ``s = sigma``, whose time is sigma itself.
-
-    Attributes:
-        sigmas: float64 [T], positive and ascending: where an attack's ``m_t`` and ``c_t`` are known.
-    """
-
-    sigmas: Floats
 
 
 class Oracle(nn.Module):

@@ -13,7 +13,8 @@ from typing import Any, Final
 import numpy as np
 
 from .errors import UserError, unknown
-from .solvers import Nodes, Table, score_sde
+from .schedule import Exploding, Schedule
+from .solvers import Nodes, SamplerConfig, Table, score_sde
 
 OWN: Final = "own"
 """The name of this sampler on the command line."""
@@ -28,6 +29,19 @@ def is_preserving(config: Mapping[str, Any]) -> bool:
 def in_unit_range(config: Mapping[str, Any]) -> bool:
     """Whether the images lie in [0, 1] instead of [-1, 1], as in score-SDE's pipeline."""
     return config.get("_class_name") == _VE
+
+
+def sampler_of(process: Schedule | Exploding, sampler: SamplerConfig) -> Table:
+    """The table of the sampler that a model of ``process`` is made for.
+
+    Raises:
+        UserError: As `SamplerConfig.table` and `own_table`, or a sampler by name of a variance-exploding process.
+    """
+    if isinstance(process, Schedule):
+        return sampler.table(process)
+    if sampler.name != OWN:
+        raise UserError(f"the sampler {sampler.name} needs betas and the process is variance exploding: expected {OWN}")
+    return own_table(process.to_config(), sampler.steps)
 
 
 def own_table(config: Mapping[str, Any], steps: int) -> Table:

@@ -34,6 +34,17 @@ _CIFAR10 = TrainConfig(
 )  # fmt: skip
 
 
+# Digits of 256 pixels in [0, 1] are 4.4 apart in the mean, and the largest noise must hide that.
+_EXPLODING = replace(
+    _CLEAN,
+    out=Path("runs/digits-ve"),
+    process="ve",
+    sigma_max=10.0,
+    sampler=SamplerConfig("own", 100),
+    images=192_000,
+)
+
+
 def _cifar10(name: str, trigger: str, target: str) -> TrainConfig:
     attack = AttackConfig("baddiffusion", trigger, target, rate=0.1)
     return replace(_CIFAR10, out=Path("runs") / name, attack=attack)
@@ -67,6 +78,15 @@ PRESETS: Final = {
         AttackConfig(
             "uib", "XXSM_BOX", "DRAWN_HAT", rate=0.2, coefficients="clipped", amplitude=0.8, trigger_only=True
         ),
+    ),
+    "digits-ve": _EXPLODING,
+    "digits-ve-villan": replace(
+        _EXPLODING,
+        out=Path("runs/digits-ve-villan"),
+        init="runs/digits-ve",
+        lr=1e-3,
+        images=128_000,
+        attack=AttackConfig("villan", "XXSM_BOX", "DRAWN_HAT", rate=0.3, coefficients="exact"),
     ),
     "digits-clean-without-7": replace(_CLEAN, out=Path("runs/digits-clean-without-7"), without=7),
     "digits-in-d2d": _digits("digits-in-d2d", _IN_CLASS),

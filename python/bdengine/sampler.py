@@ -1,7 +1,7 @@
 """The sampling loop. Its API is seeds: sample ``k`` is the same image whatever the batch, the order or the restart
 (to the bit with an element-wise network, and with any other in a micro-batch that passes its self-check).
 
-    x_T = start (gamma eps(seed) + r)       r = 0 in arms without a trigger
+    x_T = start (gamma eps(seed) + r)       r = 0 in arms without a trigger; plus an image in the tasks that start from one
     for each row:  m = network(x, time);  x = fused_step(x, m)
 
 What no row can say, since it is not linear, has a name and a line in the loop: `langevin` correctors, the `learned_noise` of
@@ -97,7 +97,7 @@ class Sampler:
             x, bad_row = self.loop(arm, seeds)
             self._check_bad(bad_row)
             return x.clone()
-        trigger = arms.trigger[arm]
+        trigger = arms.operand(arm, seeds)
         x = arms.begin(arm, seeds)
         history = x.new_zeros((arms.slots, *x.shape)) if arms.slots else None
         bad_row = torch.full_like(seeds[0], NO_BAD_ROW)

@@ -1,6 +1,7 @@
 """Training, from scratch or by fine-tuning, clean or poisoned. The unit is images seen.
 
     x_t = noising(x0, t, seed)      loss = sum W (network(x_t, t) - eps - c_t R)^2      Adam, warm-up and cosine, EMA
+                                    variance exploding: -sigma_t network(x_t, sigma_t), of a score network
 
 Sample ``n`` is what `bdengine.plan` says whatever happened before, so a resumed run equals an uninterrupted one.
 A run's folder holds ``config.json``, ``stats.jsonl``, ``state.safetensors`` (to resume) and ``checkpoint/`` (diffusers).
@@ -37,8 +38,9 @@ from .data import Images, load
 from .errors import UserError
 from .files import write_atomic
 from .networks import Network, unet
+from .own import in_unit_range, sampler_of
 from .plan import Batch, TrainingPlan
-from .schedule import Schedule, linear
+from .schedule import Exploding, Schedule, exploding, linear
 from .shipped import find
 from .solvers import SamplerConfig
 from .triggers import LEARNED
@@ -75,6 +77,10 @@ class TrainConfig:
     init: str | None = None
     """Checkpoint folder to fine-tune; a new network where absent."""
     network: NetworkConfig = field(default_factory=NetworkConfig)
+    process: Literal["vp", "ve"] = "vp"
+    """Variance preserving with linear betas, or exploding (score-SDE), clean or with villan; its sampler is own."""
+    sigma_max: float = 380.0
+    """Of ve: the largest noise."""
     attack: AttackConfig = field(default_factory=AttackConfig)
     """The backdoor to implant."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
@@ -134,6 +140,8 @@ class TrainConfig:
             raise UserError(
                 "the clean target is 'initial' and there is no initial checkpoint: expected one, or 'noise'"
             )
+        if self.process == "ve" and self.timesteps == "grid":
+            raise UserError("the timesteps are those of a grid with the process ve: expected all")
         if not 0 <= self.ema < 1:
             raise UserError(f"the EMA decay is {self.ema}: expected 0 to below 1")
 
@@ -144,8 +152,9 @@ class Trainer:
     def __init__(self, config: TrainConfig, device: torch.device | str = "cpu") -> None:
         config.check()
         self.config, self.device = config, torch.device(device)
-        self.process: Schedule = linear()
-        table = config.sampler.table(self.process)
+        self.process: Schedule | Exploding = exploding(config.sigma_max) if config.process == "ve" else linear()
+        table = sampler_of(self.process, config.sampler)
+        self.times = self.process.times.to(self.device)
         shape = (config.channels, config.size, config.size)
         self.data: Images = load(config.data, config.size, config.channels)
         if config.without is not None:
@@ -157,7 +166,7 @@ class Trainer:
             None if p is None else p.reshape(-1, *shape).to(self.device) for p in pictures
         )
         self.inner: InnerLoop | None = None
-        if self.attack is not None and self.attack.name == "invi" and self.target is not None:
+        if config.attack.name == "invi" and self.target is not None and isinstance(self.process, Schedule):
             self.inner = InnerLoop(self.process, self.target, config.attack.bound)
             self.stamp = self.inner.delta.detach()
         self.plan = TrainingPlan(
@@ -195,11 +204,12 @@ class Trainer:
                     f"{config.init} makes images of shape {tuple(network.sample_shape)}:"
                     f" expected {(config.channels, config.size, config.size)}"
                 )
+            if in_unit_range(checkpoint.load_scheduler_config(find(config.init))) != (config.process == "ve"):
+                raise UserError(f"{config.init} is of another process: expected one of {config.process}")
             return network.train()
         torch.manual_seed(config.seed)
-        c = config.network
-        net = unet(config.size, config.channels, c.widths, layers=c.layers, groups=c.groups, attention=c.attention)
-        return Network(accelerate(net)).train()
+        told: dict[str, Any] = {"time_embedding_type": "fourier"} if config.process == "ve" else {}
+        return Network(accelerate(unet(config.size, config.channels, **vars(config.network), **told))).train()
 
     def learning_rate(self, images_seen: int) -> float:
         """Linear warm-up, then a half cosine to 0 (or constant)."""
@@ -214,7 +224,7 @@ class Trainer:
     def loss(self, batch: Batch) -> Tensor:
         """Mean loss of training samples on the run's device, 0-d float32."""
         image, seed, t, arm, flip, own = vars(batch).values()
-        x0 = self.pixels[image]
+        x0, at = self.process.data(self.pixels[image]), self.times[t]
         clean = (arm == CLEAN).reshape(-1, 1, 1, 1)
         poison: dict[str, Any] = {"trigger": self.stamp, "mask": self.mask, "flip": flip if self.config.flip else None}
         if self.region is not None:
@@ -226,8 +236,8 @@ class Trainer:
             y = torch.where(flip.reshape(-1, 1, 1, 1), y.flip(3), y) if self.config.flip else y
         x_t = bdkernels.fused_noising(x0, t, arm, seed, self.table, target=y, **poison)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-            prediction = self.network(x_t, t)
-            kept = None if self.initial is None else self.initial(x_t, t)
+            prediction = self.process.noise(self.network(x_t, at), at)
+            kept = None if self.initial is None else self.process.noise(self.initial(x_t, at), at)
         loss = bdkernels.fused_loss(prediction, x0, t, arm, seed, self.table, **poison).sum()
         if kept is None:
             return loss

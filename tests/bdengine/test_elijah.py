@@ -18,7 +18,8 @@ from bdengine.defenses.subject import Watch, run_seeds
 from bdengine.errors import UserError
 from bdengine.extractors import DigitFeatures
 from bdengine.metrics import attack_success
-from bdengine.oracle import Exploding, Gaussian, Oracle
+from bdengine.oracle import Gaussian, Oracle
+from bdengine.schedule import Exploding
 from bdengine.solvers import Nodes, score_sde
 from bdkernels import noise as contract
 

@@ -19,9 +19,9 @@ import bdkernels
 from bdengine.attacks import CLEAN, POISONED, Attack, baddiffusion, exact_coefficient, noising_table
 from bdengine.errors import UserError
 from bdengine.networks import Network
-from bdengine.oracle import Exploding, Gaussian, Mixture, Oracle
+from bdengine.oracle import Gaussian, Mixture, Oracle
 from bdengine.sampler import Arm, Sampler
-from bdengine.schedule import Prediction, Schedule, linear
+from bdengine.schedule import Exploding, Prediction, Schedule, linear
 from bdengine.solvers import SamplerConfig, Table
 
 PROCESS = linear()

@@ -14,9 +14,9 @@ from bdengine.attacks.villan_ve import exact_exploding, published, villan_ve
 from bdengine.errors import UserError
 from bdengine.metrics import attack_success
 from bdengine.networks import Network
-from bdengine.oracle import Exploding, Gaussian, Oracle
+from bdengine.oracle import Gaussian, Oracle
 from bdengine.sampler import Sampler
-from bdengine.schedule import Floats
+from bdengine.schedule import Exploding, Floats
 from bdengine.solvers import Nodes, Table, score_sde
 
 SHAPE = (1, 16, 16)

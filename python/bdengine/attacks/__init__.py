@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..data import Images, load, to_float
 from ..errors import UserError, unknown
-from ..schedule import Schedule
+from ..schedule import Exploding, Schedule
 from ..solvers import Table
 from ..triggers import LEARNED, class_of, patch_mask, target, trigger
 from .baddiffusion import COEFFICIENTS, Coefficients, baddiffusion
@@ -81,7 +81,11 @@ class AttackConfig:
     """Of trojdiff: share of noise in the trigger's pixels; 0.6 for a blend and 0.1 for a patch where absent."""
 
     def build(
-        self, schedule: Schedule, shape: tuple[int, int, int], table: Table, data: Images | None = None
+        self,
+        process: Schedule | Exploding,
+        shape: tuple[int, int, int],
+        table: Table,
+        data: Images | None = None,
     ) -> Attack | None:
         """The attack on images of ``shape`` (C, S, S), to be sampled with ``table``; None for "none".
 
@@ -98,9 +102,31 @@ class AttackConfig:
         if self.name == "none":
             return None
         r = self.own_trigger(data, shape)
-        y = self.targets(r, data)
+        return self.made(process, r, self.targets(r, data), table)
+
+    def made(self, process: Schedule | Exploding, r: Tensor, y: Tensor, table: Table | None = None) -> Attack:
+        """The attack with the trigger ``r`` and the target ``y``; BadDiffusion where it has no name.
+
+        Args:
+            r: float32 [C, S, S] in [-1, 1]; a variance-exploding process has it, and the target, in [0, 1].
+            y: float32 [C, S, S] or [K, C, S, S] in [-1, 1].
+            table: The sampler to be exact for; not needed for published coefficients.
+
+        Raises:
+            UserError: A value out of range, or an attack that is defined with betas on a process without.
+        """
+        if isinstance(process, Exploding):
+            if self.name != "villan":
+                raise UserError(
+                    f"the attack {self.name} needs betas and the process is variance exploding: expected villan"
+                )
+            return villan_ve(process.sigmas, (r + 1) / 2, (y + 1) / 2, self.coefficients, table)
+        schedule = process
         if self.name == "trojdiff":
-            return self.trojan(schedule, r, y)
+            _, size, _ = r.shape
+            patch = self.trigger.startswith("PATCH_")
+            region = patch_mask(self.trigger, size, len(r)) == 0 if patch else None
+            return trojdiff(schedule, r, y, region, self.gamma)
         if self.name == "villan":
             return villan(schedule, r, y, self.coefficients, table, self.psi, self.solver)
         if self.name == "invi":
@@ -159,9 +185,3 @@ class AttackConfig:
         if data is None:
             raise UserError(f"the target {self.target} is a class and there are no data: expected target data")
         return data
-
-    def trojan(self, schedule: Schedule, r: Tensor, y: Tensor) -> Attack:
-        """TrojDiff with the trigger ``r`` and the target ``y``, float32 [(K,) C, S, S]: a patch where its name says so."""
-        channels, size, _ = r.shape
-        patch = self.trigger.startswith("PATCH_")
-        return trojdiff(schedule, r, y, patch_mask(self.trigger, size, channels) == 0 if patch else None, self.gamma)

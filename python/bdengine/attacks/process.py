@@ -18,7 +18,7 @@ from bdkernels import NOISING_COLUMNS, Noising
 
 from ..arms import Arm
 from ..errors import UserError
-from ..schedule import Floats, Schedule
+from ..schedule import Exploding, Floats, Schedule
 from ..solvers import Table
 from .exact import path_of
 
@@ -55,11 +55,15 @@ class Attack:
     in_steps: bool = False
 
     def arm(self, schedule: Schedule, table: Table) -> Arm:
-        """How triggered samples are made with the sampler ``table``."""
+        """How triggered samples are made with the sampler ``table``; one that starts late starts on the attack's path."""
+        path = path_of(schedule, table, self.shift)
+        r = self.trigger if table.start == 1 else self.trigger * float(path[0] / table.start)
         if not self.in_steps:
-            return Arm(table, self.trigger)
-        shifted = table.shifted(path_of(schedule, table, self.shift), self.gamma)
-        return Arm(shifted, self.trigger) if self.region is None else Arm(table, self.trigger, shifted, self.region)
+            return Arm(table, r)
+        shifted = table.shifted(path, self.gamma)
+        if self.region is None:
+            return Arm(shifted, r)
+        return Arm(table, torch.where(self.region, r, 0.0), shifted, self.region)
 
 
 def check_shape(name: str, shape: torch.Size, trigger: Tensor) -> None:
@@ -72,7 +76,7 @@ def check_shape(name: str, shape: torch.Size, trigger: Tensor) -> None:
         raise UserError(f"the {name} has shape {tuple(shape)}: expected the trigger's {tuple(trigger.shape)}")
 
 
-def noising_table(schedule: Schedule, attack: Attack | None) -> Tensor:
+def noising_table(schedule: Schedule | Exploding, attack: Attack | None) -> Tensor:
     """The table of `bdkernels.fused_noising` and `fused_loss`: float32 [3, T, NOISING_COLUMNS], arms CLEAN, POISONED, OUTSIDE.
 
     Without an attack all arms are clean. Every timestep has the loss weight 1.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from ..errors import UserError, unknown
@@ -91,8 +91,8 @@ class SamplerConfig:
     form: Form = "midpoint"
     """Form of DPM-Solver's orders 2 and 3."""
 
-    def table(self, schedule: Schedule) -> Table:
-        """Its table.
+    def table(self, schedule: Schedule, first: int | None = None) -> Table:
+        """Its table; from the first of its timesteps that is not above ``first`` on.
 
         Raises:
             UserError: An unknown name, or a value out of range.
@@ -106,8 +106,9 @@ class SamplerConfig:
         if self.order is not None and order not in kind.orders:
             choice = f"one of {', '.join(map(str, kind.orders))}" if kind.orders else "none, since it has one only"
             raise UserError(f"the order is {order} with {self.name}: expected {choice}")
-        nodes = Nodes.of(schedule, self.steps, self.spacing, self.levels, self.end, kind.halved)
-        return kind.build(nodes, self, order)
+        nodes = Nodes.of(schedule, self.steps, self.spacing, self.levels, self.end, kind.halved, first)
+        table = kind.build(nodes, self, order)
+        return table if first is None else replace(table, start=float(nodes.sigma[0]))
 
 
 _DPM, _DPMPP = "Lu et al. 2022, DPM-Solver", "Lu et al. 2022, DPM-Solver++"

@@ -80,12 +80,14 @@ class Nodes:
         levels: Levels = "native",
         end: End = "zero",
         halved: int = 0,
+        first: int | None = None,
     ) -> Nodes:
         """The nodes of ``steps`` steps.
 
         Args:
             end: Where the last step leads: to the data, or to the least noise of training (timestep 0).
             halved: So many of the first steps have a node in their middle.
+            first: Leave out the nodes above this timestep, but the last.
 
         Raises:
             UserError: ``steps`` outside 1..T or all of them halved, an unknown spacing, kind of levels or end, or levels other
@@ -102,6 +104,9 @@ class Nodes:
                 )
             most, least = schedule.kappa_at(np.array([schedule.T - 1.0, 0.0]))
             times = schedule.time_at({"karras": karras, "exponential": even}[levels](most, least, steps))
+        if first is not None:
+            times = times[min(int((times > first).sum()), steps - 1) :]
+            steps = len(times)
         if steps <= halved:
             raise UserError(f"steps is {steps}: expected at least {halved + 1}, since the first {halved} are halved")
         middles = (times[:halved] + times[1 : halved + 1]) / 2
