@@ -177,6 +177,7 @@ class ConvertConfig:
 
 
 def _train(arguments: Sequence[str]) -> int:
+    from .distributed import join
     from .presets import PRESETS, preset
     from .train import TrainConfig, train
 
@@ -195,12 +196,15 @@ def _train(arguments: Sequence[str]) -> int:
         "bdengine train --preset digits-badiffusion\n\n"
         "bdengine train --out runs/mine --init digits-clean --images 64000 --attack.name baddiffusion"
         " --attack.trigger XXSM_BOX --attack.target DRAWN_HAT --attack.rate 0.3\n\n"
+        "torchrun --nproc-per-node 2 -m bdengine train --preset digits-clean\n\n"
         f"--preset NAME starts from one of: {', '.join(PRESETS)}",
         args=rest,
         **start,
     )
-    train(config, device=device())
-    print(f"wrote {config.out / 'checkpoint'}")
+    with join() as ranks:
+        train(config, device=device(), ranks=ranks)
+        if ranks.rank == 0:
+            print(f"wrote {config.out / 'checkpoint'}")
     return 0
 
 
