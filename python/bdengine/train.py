@@ -10,10 +10,7 @@ Several ranks (`bdengine.distributed`) take equal parts of each batch; the first
 from __future__ import annotations
 
 import copy
-import json
 import math
-import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +19,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import bdkernels
 from bdkernels import Noising
@@ -37,9 +33,9 @@ from .data import Images, load
 from .distributed import ALONE, Ranks, Stopped
 from .errors import UserError
 from .gradient import Gradient
-from .networks import Network, unet
+from .networks import Network, recompute, unet
 from .plan import Batch, TrainingPlan
-from .progress import Interrupt, keep_stats
+from .progress import Interrupt, Stats
 from .schedule import Schedule, linear
 from .shipped import find
 from .solvers import SamplerConfig
@@ -99,6 +95,8 @@ class TrainConfig:
     """Largest norm of the gradient."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the network's arithmetic (autocast)."""
+    checkpointing: bool = False
+    """Keep the network's blocks' inputs alone and run the blocks again for their gradients: less memory, more time."""
     capture: bool = False
     """Replay each batch's gradient, noising and loss included, as a CUDA graph; needs a GPU. Invi's inner loop is left out."""
     timesteps: Literal["all", "grid"] = "all"
@@ -186,6 +184,8 @@ class Trainer:
         region = None if self.attack is None else self.attack.region
         self.region = None if region is None else region[None].to(self.device)
         self.ema = copy.deepcopy(self.network).requires_grad_(False) if config.ema else self.network
+        if config.checkpointing:
+            recompute(self.network)
         self.parameters = list(self.network.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.lr, fused=True)
         self.images_seen = 0
@@ -338,7 +338,7 @@ def train(
     """
     trainer = Trainer(config, device, ranks)
     state, first = config.out / "state.safetensors", ranks.rank == 0
-    free = ("out", "status", "snapshot", "capture")
+    free = ("out", "status", "snapshot", "capture", "checkpointing")
     resumes = first and claim(config.out / "config.json", to_json(config), free) and state.exists()
     if any(ranks.together(resumes)):  # nobody reads before the folder is known to be this run's
         tensors, meta = checkpoint.load_state(state)
@@ -357,33 +357,17 @@ def train(
 def _train(trainer: Trainer, state: Path, progress: bool) -> None:
     config, ranks = trainer.config, trainer.ranks
     first = ranks.rank == 0
-    stats = config.out / "stats.jsonl" if first else Path(os.devnull)
-    if first:
-        keep_stats(stats, trainer.images_seen)
 
     def save() -> None:
         if first:
             checkpoint.save_state(state, trainer.state(), {"images_seen": trainer.images_seen})
 
-    bar = tqdm(total=config.images, initial=trainer.images_seen, unit="img", desc="training", disable=not progress)
-    losses: list[Tensor] = []
-    begun = time.perf_counter()
-    with Interrupt() as interrupt, stats.open("a") as lines, bar:
+    path = config.out / "stats.jsonl" if first else None
+    told = Stats(path, config.images, trainer.images_seen, config.batch, config.status, progress)
+    with Interrupt() as interrupt, told:
         while trainer.images_seen < config.images:
             before = trainer.images_seen
-            losses.append(trainer.step())
-            bar.update(config.batch)
-            if trainer.images_seen >= config.images or trainer.images_seen // config.status > before // config.status:
-                loss = float(torch.stack(losses).mean())
-                if not math.isfinite(loss):
-                    raise FloatingPointError(f"the loss is {loss} after {trainer.images_seen} images")
-                seconds = time.perf_counter() - begun
-                rate = len(losses) * config.batch / seconds
-                line = {"images": trainer.images_seen, "loss": loss, "lr": trainer.learning_rate(before)}
-                lines.write(json.dumps(line | {"images_per_second": round(rate, 1)}) + "\n")
-                lines.flush()
-                bar.set_postfix(loss=f"{loss:.4f}")
-                losses, begun = [], time.perf_counter()
+            told.add(trainer.step(), trainer.images_seen, trainer.learning_rate(before))
             (asked,) = ranks.together(interrupt.asked)  # all stop after the same step
             if asked or trainer.images_seen // config.snapshot > before // config.snapshot:
                 save()
