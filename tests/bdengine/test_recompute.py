@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -28,26 +25,6 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "scale-shift": {"size": 8, "channels": 3, "widths": (16, 32), "resnet_time_scale_shift": "scale_shift"},
 }
-
-# VmHWM, and not ru_maxrss, which a new process has from the one that started it.
-PEAK = """
-import re, sys
-from pathlib import Path
-import torch
-from bdengine.train import NetworkConfig, TrainConfig, Trainer
-
-def peak():
-    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
-
-torch.set_num_threads(1)
-network = NetworkConfig((32, 32), layers=4)
-trainer = Trainer(TrainConfig(Path("never"), size=32, batch=16, network=network, checkpointing=sys.argv[1] == "on"))
-with torch.no_grad():
-    trainer.network(torch.zeros(16, 1, 32, 32), torch.zeros(16))
-before = peak()
-trainer.step()
-print(peak() - before)
-"""
 
 
 def gradients(network: Network, precision: torch.dtype) -> tuple[int, list[Tensor | None]]:
@@ -83,23 +60,6 @@ def test_gradients_keep_their_bits(kind: str, fast: bool, precision: torch.dtype
         assert a is not None
         assert b is not None
         assert torch.equal(a, b)
-
-
-@pytest.mark.slow
-def test_the_peak_of_a_step_is_lower() -> None:
-    """Of the process, beyond a forward pass: 100 MB instead of 133, of which weights, moments and skips are the same."""
-
-    def peak(word: str) -> int:
-        done = subprocess.run(
-            [sys.executable, "-c", PEAK, word],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            check=True,
-            capture_output=True,
-        )
-        return int(done.stdout)
-
-    plain, less = peak("off"), peak("on")
-    assert 0 < less < 0.85 * plain
 
 
 def test_other_networks_are_refused() -> None:
