@@ -137,7 +137,7 @@ TIMED: Final[dict[str, tuple[str, tuple[int, ...], float, Callable[[int], Callab
     "images": ("sampling", (32, 64, 128, 256), 1, _images),
     "micro-batch": ("sampling", (1, 4, 16, 64), 1, _batch),
     "steps": ("sampling", (4, 8, 16, 32), 1, _steps),
-    "side": ("sampling", (8, 16, 32, 64), 2, _side),
+    "side": ("sampling", (16, 32, 64, 128), 2, _side),
     "batch": ("training", (4, 8, 16, 32), 1, _training),
 }
 """By axis: what is timed, the sizes, the exponent to expect, and what makes the work of a size."""
