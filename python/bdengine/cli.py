@@ -58,6 +58,8 @@ class SampleConfig:
     """Start from eps + trigger: a published trigger's name, or IMAGE with trigger-file."""
     trigger_file: Path | None = None
     """The trigger's image, where its name needs one."""
+    cache: int = 1
+    """Run the network's deep blocks at every so-many-th step and reuse their output between; 1 reuses nothing."""
     micro_batch: int = 64
     """Images that go through the network at once."""
     exact: bool = False
@@ -116,6 +118,8 @@ class EvaluateConfig:
     """ASR is the share of images whose MSE to the target is below this."""
     extractor: str = "digits"
     """Features of the Fréchet distance: digits, or a safetensors file of Inception weights."""
+    cache: int = 1
+    """Run the network's deep blocks at every so-many-th step and reuse their output between; 1 reuses nothing."""
     micro_batch: int = 64
     """Images that go through the network at once."""
 
