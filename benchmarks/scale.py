@@ -24,7 +24,6 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from scipy.stats import linregress
 from tqdm import tqdm
 
 from bdengine.accelerate import accelerate
@@ -85,9 +84,11 @@ class Growth:
     @classmethod
     def fit(cls, axis: str, of: str, unit: str, measured: Mapping[int, float], expected: float) -> Growth:
         """From at least two values by size."""
-        line = linregress(np.log([*measured]), np.log([*measured.values()]))
-        error = float(line.stderr) if len(measured) > 2 else None
-        return cls(axis, of, unit, [*measured], [*measured.values()], float(line.slope), error, expected)
+        x, y = (v - v.mean() for v in (np.log([*measured]), np.log([*measured.values()])))
+        p = x @ y / (x @ x)
+        free = len(x) - 2
+        error = float(np.sqrt(np.square(y - p * x).sum() / free / (x @ x))) if free else None
+        return cls(axis, of, unit, [*measured], [*measured.values()], float(p), error, expected)
 
     def __str__(self) -> str:
         values = ", ".join(f"{value:.3g}" for value in self.values)
