@@ -3,7 +3,7 @@
     python -m benchmarks.tables
 
 A table stands between ``<!-- results: FILE -->`` and ``<!-- end -->``: a line an op and shape, a column a provider, ns per
-element, and in brackets its time relative to ours.
+element, and in brackets its time relative to ours. A file of ``benchmarks.scale`` makes a line an axis.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from bdengine.files import read_json, write_atomic
 
 from .bench import PROVIDERS
 from .report import Row, fastest
+from .scale import Growth
 
 ROOT: Final = Path(__file__).parents[1]
 RESULTS: Final = ROOT / "benchmarks" / "results"
@@ -47,6 +48,17 @@ def _cell(row: Row, ours: Row) -> str:
     return f"{row.ns_per_element:.{digits}f} ({ratio:.{1 if digits else 2}f}x)"
 
 
+def curves(grown: Sequence[Growth]) -> str:
+    """The table of cost curves."""
+    lines = ["| measured | sizes | values | exponent | expected |", "| --- | --- | --- | ---: | ---: |"]
+    for g in grown:
+        sizes, values = ", ".join(map(str, g.sizes)), ", ".join(f"{value:.3g}" for value in g.values)
+        error = "" if g.error is None else f" ± {g.error:.2f}"
+        exponent = f"{g.exponent:.2f}".replace("-0.00", "0.00")
+        lines.append(f"| {g.of}, by {g.axis} | {sizes} | {values} {g.unit} | {exponent}{error} | {g.expected:g} |")
+    return "\n".join(lines)
+
+
 def filled(text: str) -> str:
     """``text`` with every table made anew.
 
@@ -56,7 +68,11 @@ def filled(text: str) -> str:
 
     def block(found: re.Match[str]) -> str:
         document = read_json(RESULTS / found["file"])
-        return f"{found[1]}{markdown([Row(**row) for row in document['rows']])}\n{found[3]}"
+        if "growth" in document:
+            made = curves([Growth(**row) for row in document["growth"]])
+        else:
+            made = markdown([Row(**row) for row in document["rows"]])
+        return f"{found[1]}{made}\n{found[3]}"
 
     return _BLOCK.sub(block, text)
 

@@ -12,6 +12,7 @@ import tyro
 import yaml
 
 from bdengine.cli import EvaluateConfig, SampleConfig
+from bdengine.train import TrainConfig
 
 PAGE = (Path(__file__).parent.parent / "docs" / "many-machines.md").read_text()
 
@@ -42,10 +43,16 @@ def test_the_objects_of_kubernetes_name_each_other() -> None:
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
 
 
-@pytest.mark.parametrize(("command", "config", "count"), [("sample", SampleConfig, 3), ("evaluate", EvaluateConfig, 1)])
+@pytest.mark.parametrize(
+    ("command", "config", "count"),
+    [("sample", SampleConfig, 3), ("evaluate", EvaluateConfig, 1), ("train", TrainConfig, 2)],
+)
 def test_the_engine_knows_the_commands(command: str, config: type, count: int) -> None:
     text = PAGE.replace("\\\n", " ")
-    said = re.findall(rf"-m bdengine {command} ([^\n']*)", text)
+    said = re.findall(rf"-m bdengine {command} ([^\n'`]*)", text)
     assert len(said) == count
     for words in said:
-        assert tyro.cli(config, args=shlex.split(words)).out.parts[:2] == ("/", "shared")
+        parsed = tyro.cli(config, args=shlex.split(words))
+        assert parsed.out.parts[:2] == ("/", "shared")
+        if isinstance(parsed, TrainConfig):
+            parsed.check(ranks=32 if parsed.init else 8)

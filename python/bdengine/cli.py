@@ -66,6 +66,8 @@ class SampleConfig:
     """The trigger's image, where its name needs one."""
     altered: Altered = UNALTERED
     """How the trigger differs from that name's: cropped, scaled, with noise."""
+    cache: int = 1
+    """Run the network's deep blocks at every so-many-th step and reuse their output between; 1 reuses nothing."""
     micro_batch: int = 64
     """Images that go through the network at once."""
     exact: bool = False
@@ -130,6 +132,8 @@ class EvaluateConfig:
     """ASR is the share of images whose MSE to the target is below this."""
     extractor: str = "digits"
     """Features of the Fréchet distance: digits, or a safetensors file of Inception weights."""
+    cache: int = 1
+    """Run the network's deep blocks at every so-many-th step and reuse their output between; 1 reuses nothing."""
     micro_batch: int = 64
     """Images that go through the network at once."""
 
@@ -191,6 +195,7 @@ class ConvertConfig:
 
 
 def _train(arguments: Sequence[str]) -> int:
+    from .distributed import join
     from .presets import PRESETS, preset
     from .train import TrainConfig, train
 
@@ -209,12 +214,15 @@ def _train(arguments: Sequence[str]) -> int:
         "bdengine train --preset digits-badiffusion\n\n"
         "bdengine train --out runs/mine --init digits-clean --images 64000 --attack.name baddiffusion"
         " --attack.trigger XXSM_BOX --attack.target DRAWN_HAT --attack.rate 0.3\n\n"
+        "torchrun --nproc-per-node 2 -m bdengine train --preset digits-clean\n\n"
         f"--preset NAME starts from one of: {', '.join(PRESETS)}",
         args=rest,
         **start,
     )
-    train(config, device=device())
-    print(f"wrote {config.out / 'checkpoint'}")
+    with join() as ranks:
+        train(config, device=device(), ranks=ranks)
+        if ranks.rank == 0:
+            print(f"wrote {config.out / 'checkpoint'}")
     return 0
 
 

@@ -13,6 +13,7 @@ from . import checkpoint, pictures, report
 from .accelerate import accelerate
 from .altered import UNALTERED, Altered
 from .attacks import AttackConfig
+from .caching import Cached
 from .cli import DefendConfig, EvaluateConfig, SampleConfig, device
 from .config import claim, from_json, to_json
 from .data import Images, load
@@ -61,6 +62,14 @@ class Model:
         extra = Path(path) / checkpoint.EXTRA
         made_by = read_json(extra) if extra.is_file() else {}
         return cls(network, checkpoint.load_scheduler_config(path), made_by, path)
+
+    def cached(self, every: int) -> Model:
+        """With the network's deep blocks run at every so-many-th step.
+
+        Raises:
+            UserError: As `Cached`.
+        """
+        return self if every == 1 else replace(self, network=Cached(self.network, every))
 
     @property
     def train(self) -> dict[str, Any]:
@@ -150,12 +159,16 @@ def sample(config: SampleConfig) -> int:
         raise UserError("a trigger was altered and none is named: expected --trigger NAME")
     if config.frechet and config.format == "png":
         raise UserError("a Fréchet distance was asked for with --format png: expected --format npy or tar")
+    if config.exact and config.cache > 1:
+        raise UserError(
+            f"cache is {config.cache} with exact: expected 1, as the self-check calls the network outside of a loop"
+        )
     with join() as ranks:
         return _sample(config, seeds, ranks)
 
 
 def _sample(config: SampleConfig, seeds: Seeds, ranks: Ranks) -> int:
-    model = Model.load(config.checkpoint)
+    model = Model.load(config.checkpoint).cached(config.cache)
     table, sampler = model.table(config, config.task)
     images = None if config.task.first is None else originals(model.data(config.data))
     corrupted = None if images is None else config.task.corrupted(images)
@@ -246,7 +259,7 @@ def evaluate(config: EvaluateConfig) -> int:
 
 
 def _evaluate(config: EvaluateConfig, ranks: Ranks) -> int:
-    model = Model.load(config.checkpoint)
+    model = Model.load(config.checkpoint).cached(config.cache)
     attack = model.attack
     names = replace(
         attack,

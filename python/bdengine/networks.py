@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bdengine.errors import UserError
 
@@ -146,6 +148,22 @@ class Network(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Loads a state dict of the inner network."""
         return self.unet.load_state_dict(state_dict, *args, **kwargs)
+
+
+def recompute(network: Network) -> None:
+    """Makes a diffusers UNet keep its residual blocks' inputs alone, and run each block again in the backward pass.
+
+    Raises:
+        UserError: Another network.
+    """
+    from diffusers.models import UNet2DModel
+
+    if not isinstance(network.unet, UNet2DModel):
+        raise UserError(f"checkpointing was asked for in a {type(network.unet).__name__}: expected a UNet2DModel")
+    random = any(isinstance(module, nn.Dropout) and module.p > 0 for module in network.modules())
+    # The state of the generator is read only where it is needed: while a graph is captured it cannot be.
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=random)
+    network.unet.enable_gradient_checkpointing(again)
 
 
 def split_spread(out: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:

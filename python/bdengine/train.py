@@ -5,25 +5,21 @@
 
 Sample ``n`` is what `bdengine.plan` says whatever happened before, so a resumed run equals an uninterrupted one.
 A run's folder holds ``config.json``, ``stats.jsonl``, ``state.safetensors`` (to resume) and ``checkpoint/`` (diffusers).
+Several ranks (`bdengine.distributed`) take equal parts of each batch; the first writes the files, and all resume from them.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import math
-import signal
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
 import bdkernels
 from bdkernels import Noising
@@ -35,11 +31,13 @@ from .attacks.invi import InnerLoop
 from .capture import captured, check_device
 from .config import claim, to_json
 from .data import Images, load
+from .distributed import ALONE, Ranks, Stopped
 from .errors import UserError
-from .files import write_atomic
-from .networks import Network, unet
+from .gradient import Gradient
+from .networks import Network, recompute, unet
 from .own import in_unit_range, sampler_of
 from .plan import Batch, TrainingPlan
+from .progress import Interrupt, Stats
 from .schedule import Exploding, Schedule, exploding, linear
 from .shipped import find
 from .solvers import SamplerConfig
@@ -90,7 +88,7 @@ class TrainConfig:
     batch: int = 128
     """Images an optimizer step."""
     micro_batch: int | None = None
-    """Images a forward pass, a divisor of batch (gradients accumulate); the whole batch where absent."""
+    """Images a forward pass, a divisor of batch (gradients accumulate); a rank's whole part where absent."""
     lr: float = 2e-4
     """Peak learning rate of Adam."""
     warmup: int = 64_000
@@ -103,6 +101,8 @@ class TrainConfig:
     """Largest norm of the gradient."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the network's arithmetic (autocast)."""
+    checkpointing: bool = False
+    """Keep the network's blocks' inputs alone and run the blocks again for their gradients: less memory, more time."""
     capture: bool = False
     """Replay each batch's gradient, noising and loss included, as a CUDA graph; needs a GPU. Invi's inner loop is left out."""
     timesteps: Literal["all", "grid"] = "all"
@@ -118,8 +118,8 @@ class TrainConfig:
     snapshot: int = 128_000
     """Images between saves of the resumable state."""
 
-    def check(self) -> None:
-        """Refuse values that cannot be trained with.
+    def check(self, ranks: int = 1) -> None:
+        """Refuse values that cannot be trained with by so many ranks.
 
         Raises:
             UserError: Naming the value and what was expected.
@@ -129,6 +129,13 @@ class TrainConfig:
                 raise UserError(f"{name} is {getattr(self, name)}: expected at least 1")
         if self.micro_batch is not None and (self.micro_batch < 1 or self.batch % self.micro_batch):
             raise UserError(f"the micro-batch is {self.micro_batch}: expected a divisor of the batch, {self.batch}")
+        unit = ranks * (self.micro_batch or 1)
+        if self.batch % unit:
+            each = f" with micro-batches of {self.micro_batch}" if self.micro_batch else ""
+            nearest = max(round(self.batch / unit), 1) * unit
+            raise UserError(
+                f"the batch is {self.batch} for {ranks} ranks{each}: expected a multiple of {unit}, nearest {nearest}"
+            )
         if self.channels not in (1, 3):
             raise UserError(f"channels is {self.channels}: expected 1 (grey) or 3 (colour)")
         for name, value in (("learning rate", self.lr), ("largest gradient norm", self.grad_clip)):
@@ -147,11 +154,11 @@ class TrainConfig:
 
 
 class Trainer:
-    """One run: its network, optimizer, data and plan, at ``images_seen``."""
+    """One run: its network, optimizer, data and plan, at ``images_seen``; or one of the ``ranks`` of a run."""
 
-    def __init__(self, config: TrainConfig, device: torch.device | str = "cpu") -> None:
-        config.check()
-        self.config, self.device = config, torch.device(device)
+    def __init__(self, config: TrainConfig, device: torch.device | str = "cpu", ranks: Ranks = ALONE) -> None:
+        config.check(ranks.world)
+        self.config, self.device, self.ranks = config, torch.device(device), ranks
         self.process: Schedule | Exploding = exploding(config.sigma_max) if config.process == "ve" else linear()
         table = sampler_of(self.process, config.sampler)
         self.times = self.process.times.to(self.device)
@@ -186,14 +193,18 @@ class Trainer:
         region = None if self.attack is None else self.attack.region
         self.region = None if region is None else region[None].to(self.device)
         self.ema = copy.deepcopy(self.network).requires_grad_(False) if config.ema else self.network
+        if config.checkpointing:
+            recompute(self.network)
         self.parameters = list(self.network.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.lr, fused=True)
         self.images_seen = 0
         if config.capture:
             check_device(self.device)
-        self.batch = Batch(*(v.to(self.device) for v in vars(self.plan.batch(0, config.batch)).values()))
-        self.total = torch.zeros((), device=self.device)
-        self.gradient: Callable[[], None] | None = None if config.capture else self._gradient
+        mine = config.batch // ranks.world
+        self.part = slice(mine * ranks.rank, mine * (ranks.rank + 1))
+        self.batch = Batch(*(v[self.part].to(self.device) for v in vars(self.plan.batch(0, config.batch)).values()))
+        self.gradient = Gradient(self.parameters)
+        self.backward: Callable[[], None] | None = None if config.capture else self._backward
 
     def _network(self) -> Network:
         config = self.config
@@ -243,17 +254,11 @@ class Trainer:
             return loss
         return loss + ((prediction - kept).float().square() * clean).mean()
 
-    def _gradient(self) -> None:
-        """``total`` and the clipped gradient of what is in ``batch``: what a graph replays."""
-        config = self.config
-        micro = config.micro_batch or config.batch
-        self.optimizer.zero_grad(set_to_none=True)
-        self.total.zero_()
-        for part in zip(*(v.split(micro) for v in vars(self.batch).values()), strict=True):
-            loss = self.loss(Batch(*part)) * (micro / config.batch)
-            loss.backward()
-            self.total += loss.detach()
-        nn.utils.clip_grad_norm_(self.parameters, config.grad_clip)
+    def _backward(self) -> None:
+        """``gradient`` of what is in ``batch``: what a graph replays."""
+        micro = self.config.micro_batch or len(self.batch.t)
+        parts = (Batch(*part) for part in zip(*(v.split(micro) for v in vars(self.batch).values()), strict=True))
+        self.gradient.of(self.loss(part) * (micro / self.config.batch) for part in parts)
 
     def step(self) -> Tensor:
         """One optimizer step; returns the batch's mean loss, 0-d, without a read back to the host."""
@@ -262,12 +267,15 @@ class Trainer:
             group["lr"] = self.learning_rate(self.images_seen)
         planned = self.plan.batch(self.images_seen, config.batch)
         for buffer, value in zip(vars(self.batch).values(), vars(planned).values(), strict=True):
-            buffer.copy_(value)
+            buffer.copy_(value[self.part])
         if self.inner is not None:
-            self.inner.step(self.network, self.batch.seed)
-        if self.gradient is None:
-            self.gradient = captured(self._gradient, self.device)
-        self.gradient()
+            self.inner.step(self.network, planned.seed.to(self.device))
+            self.ranks.agree(self.inner.delta.detach())
+        if self.backward is None:
+            self.backward = captured(self._backward, self.device)
+        self.backward()
+        self.ranks.add_up(self.gradient.vector)
+        self.gradient.clip(config.grad_clip)
         self.optimizer.step()
         self.images_seen += config.batch
         if config.ema:
@@ -275,7 +283,7 @@ class Trainer:
             decay = min(config.ema, (1 + steps) / (10 + steps))
             with torch.no_grad():  # or every step's graph would hang on the average
                 torch._foreach_lerp_([*self.ema.parameters()], [*self.parameters], 1 - decay)
-        return self.total.clone()
+        return self.gradient.loss.clone()
 
     def state(self) -> dict[str, Tensor]:
         """Everything a resumed run needs, by name."""
@@ -320,29 +328,14 @@ class Trainer:
         checkpoint.save_pipeline(path, unet, self.process.to_config(), extra=made_by, trigger=learned)
 
 
-class _Interrupt:
-    """Turns the first Ctrl-C into a request to stop after the step in progress; a second one acts at once."""
-
-    def __enter__(self) -> _Interrupt:
-        self.asked = False
-        self.before = signal.signal(signal.SIGINT, self._ask)
-        return self
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        signal.signal(signal.SIGINT, self.before)
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self.before)
-
-
 def train(
     config: TrainConfig,
     *,
     device: torch.device | str = "cpu",
     progress: bool = True,
+    ranks: Ranks = ALONE,
 ) -> Trainer:
-    """Run ``config`` to its end, resuming what its folder holds.
+    """Run ``config`` to its end, resuming what its folder holds; as one of ``ranks``, which all call this.
 
     Returns:
         The trainer, with ``checkpoint/`` written.
@@ -351,49 +344,46 @@ def train(
         UserError: A bad value, missing data, or a folder that holds another run.
         FloatingPointError: The loss is not finite.
         KeyboardInterrupt: After Ctrl-C, with the state saved: the same call goes on from there.
+        Stopped: Another rank ended; says what is saved.
     """
-    trainer = Trainer(config, device)
-    out, state = config.out, config.out / "state.safetensors"
-    if claim(out / "config.json", to_json(config), free=("out", "status", "snapshot", "capture")) and state.exists():
+    trainer = Trainer(config, device, ranks)
+    state, first = config.out / "state.safetensors", ranks.rank == 0
+    free = ("out", "status", "snapshot", "capture", "checkpointing")
+    resumes = first and claim(config.out / "config.json", to_json(config), free) and state.exists()
+    if any(ranks.together(resumes)):  # nobody reads before the folder is known to be this run's
         tensors, meta = checkpoint.load_state(state)
         trainer.restore(tensors, int(meta["images_seen"]))
-    _keep_stats(out / "stats.jsonl", trainer.images_seen)
-
-    def save() -> None:
-        checkpoint.save_state(state, trainer.state(), {"images_seen": trainer.images_seen})
-
-    bar = tqdm(total=config.images, initial=trainer.images_seen, unit="img", desc="training", disable=not progress)
-    losses: list[Tensor] = []
-    begun = time.perf_counter()
-    with _Interrupt() as interrupt, (out / "stats.jsonl").open("a") as stats:
-        while trainer.images_seen < config.images:
-            before = trainer.images_seen
-            losses.append(trainer.step())
-            bar.update(config.batch)
-            if trainer.images_seen >= config.images or trainer.images_seen // config.status > before // config.status:
-                loss = float(torch.stack(losses).mean())
-                if not math.isfinite(loss):
-                    raise FloatingPointError(f"the loss is {loss} after {trainer.images_seen} images")
-                seconds = time.perf_counter() - begun
-                rate = len(losses) * config.batch / seconds
-                line = {"images": trainer.images_seen, "loss": loss, "lr": trainer.learning_rate(before)}
-                stats.write(json.dumps(line | {"images_per_second": round(rate, 1)}) + "\n")
-                stats.flush()
-                bar.set_postfix(loss=f"{loss:.4f}")
-                losses, begun = [], time.perf_counter()
-            if interrupt.asked or trainer.images_seen // config.snapshot > before // config.snapshot:
-                save()
-            if interrupt.asked:
-                bar.close()
-                raise KeyboardInterrupt
-    bar.close()
-    save()
-    trainer.save_checkpoint(out / "checkpoint")
+    try:
+        _train(trainer, state, progress and first)
+    except Stopped as error:
+        saved = checkpoint.load_state(state)[1]["images_seen"] if state.exists() else 0
+        raise Stopped(
+            f"{error}: {saved} of {config.images} images are saved in {config.out};"
+            " expected all, and the same command goes on from there"
+        ) from error
     return trainer
 
 
-def _keep_stats(path: Path, images_seen: int) -> None:
-    """Drop the lines after ``images_seen``: a killed run may have written some, the last in part, after its last save."""
-    if path.exists():
-        whole = (line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n"))
-        write_atomic(path, "".join(line for line in whole if json.loads(line)["images"] <= images_seen))
+def _train(trainer: Trainer, state: Path, progress: bool) -> None:
+    config, ranks = trainer.config, trainer.ranks
+    first = ranks.rank == 0
+
+    def save() -> None:
+        if first:
+            checkpoint.save_state(state, trainer.state(), {"images_seen": trainer.images_seen})
+
+    path = config.out / "stats.jsonl" if first else None
+    told = Stats(path, config.images, trainer.images_seen, config.batch, config.status, progress)
+    with Interrupt() as interrupt, told:
+        while trainer.images_seen < config.images:
+            before = trainer.images_seen
+            told.add(trainer.step(), trainer.images_seen, trainer.learning_rate(before))
+            (asked,) = ranks.together(interrupt.asked)  # all stop after the same step
+            if asked or trainer.images_seen // config.snapshot > before // config.snapshot:
+                save()
+            if asked:
+                raise KeyboardInterrupt
+    save()
+    if first:
+        trainer.save_checkpoint(config.out / "checkpoint")
+    ranks.together(0)  # nobody returns before it is there

@@ -144,7 +144,7 @@ def test_a_batchs_gradient_reads_nothing_back(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(bdkernels._schemas, "_all_ones", lambda _: False)
     trainer = Trainer(small_run(tmp_path))
     with NoHostRead():
-        trainer._gradient()
+        trainer._backward()
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in trainer.parameters)
 
 

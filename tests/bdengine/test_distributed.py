@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,19 +17,12 @@ from bdengine.cli import main
 from bdengine.distributed import ALONE, Ranks, join
 from bdengine.errors import UserError
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+from .ranks_for_tests import ENVIRONMENT, rank_process, torchrun
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
-
-
-def torchrun(*words: object) -> list[str]:
-    return [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bdengine",
-        *map(str, words),
-    ]  # fmt: skip
 
 
 def sample(checkpoint: Path, out: Path, steps: int) -> list[str]:
@@ -66,18 +58,6 @@ def test_two_ranks_score_as_one_process(tmp_path: Path, tiny_checkpoint: Path) -
     two, one = (json.loads((tmp_path / name / "scores.json").read_text()) for name in ("two", "one"))
     assert two["arms"] == one["arms"]
     assert (tmp_path / "two" / "arms.png").read_bytes() == (tmp_path / "one" / "arms.png").read_bytes()
-
-
-def rank_process(parent: int, rank: int) -> int | None:
-    """The process of a rank, among those that torchrun started."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            theirs = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            if theirs == parent and f"RANK={rank}".encode() in (folder / "environ").read_bytes().split(b"\0"):
-                return int(folder.name)
-        except OSError:
-            pass  # it ended meanwhile
-    return None
 
 
 @pytest.mark.parametrize("dead", [1, pytest.param(0, marks=pytest.mark.slow)])

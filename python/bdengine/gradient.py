@@ -1,0 +1,79 @@
+"""The gradient of a batch as one vector, summed over micro-batches and ranks in one order.
+
+    g = (g0 + g1) + (g2 + g3) + ...  in pairs of pairs        g <- g min(1, limit / |g|)
+
+The vector's last element is the loss. Who computes what does not change the order where each rank has 1, 2, 4, ... of the
+micro-batches, so that so many ranks leave the bits of one; an all-reduce, `DistributedDataParallel`'s too, has another order
+for each number of ranks. Nor does it need hooks, which a replayed graph would not call, and it is one message a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def in_pairs(parts: Iterable[Tensor]) -> Tensor:
+    """The sum of ``parts``, one or more of one shape, in pairs of pairs; of ``n`` it holds ``log2 n + 1`` at once.
+
+    Sums of 1, 2, 4, ... neighbours each, added in pairs again, have the same bits.
+    """
+    sums: list[Tensor] = []
+    for k, part in enumerate(parts):
+        while k & 1:
+            part, k = sums.pop() + part, k >> 1
+        sums.append(part)
+    total = sums.pop()
+    while sums:
+        total = sums.pop() + total
+    return total
+
+
+class Gradient:
+    """The gradient and loss of a batch.
+
+    Args:
+        parameters: All on one device, float32.
+
+    Attributes:
+        vector: float32 [P + 1], each parameter's in its own memory order.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.vector = self._new()
+        self._show(self.vector)
+
+    def _new(self) -> Tensor:
+        return self.parameters[0].new_zeros(sum(p.numel() for p in self.parameters) + 1)
+
+    def _show(self, vector: Tensor) -> None:
+        """Makes every ``grad`` its place in ``vector``."""
+        at = 0
+        for p in self.parameters:
+            p.grad = vector.as_strided(p.shape, p.stride(), at)
+            at += p.numel()
+
+    @property
+    def loss(self) -> Tensor:
+        """0-d, a view."""
+        return self.vector[-1]
+
+    def of(self, losses: Iterable[Tensor]) -> None:
+        """The sum of ``losses``, each 0-d with a graph of its own, and its gradient."""
+        self.vector.copy_(in_pairs(map(self._part, losses)))
+        self._show(self.vector)
+
+    def _part(self, loss: Tensor) -> Tensor:
+        vector = self._new()
+        self._show(vector)
+        loss.backward()
+        vector[-1] = loss.detach()
+        return vector
+
+    def clip(self, limit: float) -> None:
+        """Shortens the gradient to a norm of ``limit``, in place."""
+        g = self.vector[:-1]
+        g.mul_((limit / (torch.linalg.vector_norm(g) + 1e-6)).clamp(max=1))
