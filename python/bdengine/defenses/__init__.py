@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from . import clipping, elijah, purediffusion, terd
+from . import clipping, elijah, purediffusion, terd, ufid
 from .result import Calibration, Finding
 from .subject import Subject
 
@@ -33,5 +33,6 @@ DEFENSES: Final[dict[str, Defense]] = {
     "elijah": Defense(elijah.examine, elijah.VARIANTS),
     "terd": Defense(terd.examine, terd.VARIANTS),
     "purediffusion": Defense(purediffusion.examine, purediffusion.VARIANTS),
+    "ufid": Defense(ufid.examine, ufid.VARIANTS),
 }
 """Every defense by its name on the command line."""
