@@ -76,13 +76,14 @@ def loss(subject: Subject, tau: Tensor, eps: Tensor, lam: float) -> Tensor:
     return (subject.first_noise(eps + tau).mean(0) - lam * tau[0]).abs().mean()
 
 
-def invert(subject: Subject, config: ElijahConfig) -> tuple[Tensor, list[float]]:
+def invert(subject: Subject, config: ElijahConfig, start: Tensor | None = None) -> tuple[Tensor, list[float]]:
     """``tau*``, float32 [C, H, W], and the objective before each step.
 
-    The network's weights must not require gradients: see `Watch`.
+    From ``start``, float32 [1, C, H, W] on the network's device, or the configuration's. The network's weights must not
+    require gradients: see `Watch`.
     """
     shape, device = subject.network.sample_shape, subject.device
-    tau = start_of(subject, config.start, config.seed).requires_grad_()
+    tau = (start_of(subject, config.start, config.seed) if start is None else start.clone()).requires_grad_()
     seeds = run_seeds(config.seed, config.noises, device)
     eps = bdkernels.normal(seeds, shape, stream=bdkernels.STREAM_TRAINING)
     optimizer, losses = torch.optim.Adam([tau], lr=config.lr), []

@@ -134,12 +134,15 @@ def following(process: Schedule, steps: int, coefficient: Floats) -> Table:
     return Table(rows, f"following-{steps}")
 
 
-def invert(subject: Subject, config: PureDiffusionConfig) -> tuple[Tensor, list[tuple[float, float]]]:
+def invert(
+    subject: Subject, config: PureDiffusionConfig, start: Tensor | None = None
+) -> tuple[Tensor, list[tuple[float, float]]]:
     """``tau*``, float32 [C, H, W], and both losses before each step.
 
-    The network's weights must not require gradients: see `Watch`.
+    From ``start``, float32 [1, C, H, W] on the network's device, or the configuration's. The network's weights must not
+    require gradients: see `Watch`.
     """
-    tau = start_of(subject, config.start, config.seed).requires_grad_()
+    tau = (start_of(subject, config.start, config.seed) if start is None else start.clone()).requires_grad_()
     objective, seen = Objective(subject, config), []
     optimizer = torch.optim.Adam([tau], lr=config.lr)
     for iteration in range(config.iterations):
