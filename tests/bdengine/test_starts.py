@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from bdengine.arms import Arm
 from bdengine.attacks import baddiffusion
-from bdengine.defenses import Subject, elijah, features, purediffusion, starts
+from bdengine.defenses import Subject, elijah, features, purediffusion, starts, terd
 from bdengine.metrics import attack_success
 from bdengine.oracle import Exploding, Gaussian, Oracle
 from bdengine.solvers import Nodes, score_sde
@@ -78,6 +80,15 @@ def test_purediffusion_finds_it_from_there_too() -> None:
     assert found.trigger is not None
     assert cosine(found.trigger, R) > 0.98
     assert found.details["uniformity"] < 1e-4
+
+
+def test_terd_stays_on_the_side_that_it_starts_on() -> None:
+    for name, poisoned in (("surrogate", False), ("searched", True)):
+        found = terd.examine(subject(0.1, ATTACK), replace(terd.VARIANTS[name], surrogate=20))
+        assert found.trigger is not None
+        assert found.images is not None
+        assert (along(found.trigger) > 0.5) == poisoned
+        assert attack_success(found.images, TARGET, 0.01) == poisoned
 
 
 @pytest.mark.parametrize("name", ["elijah", "purediffusion"])

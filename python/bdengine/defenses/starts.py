@@ -6,8 +6,9 @@
 A trained network answers a shift that it has never seen with anything: 1.25 or -1.25 in every pixel led each of four clean
 digits models to images that are all alike and far outside [-1, 1]. A backdoor's are alike and inside.
 Between clean and poisoned starts stands a wall, on whose other side no gradient is left, while far more than the trigger
-itself opens it: on digits-badiffusion, whose trigger is a white square of 8 pixels, squares of 6 to 12 pixels do, also moved
-by 2. So a coarse search finds the right side and needs no gradient, and an inversion that starts there finds the trigger:
+itself opens it: on digits-badiffusion, whose trigger is a white square of 8 pixels, squares of 6 to 12 pixels do, and one
+moved by 2 pixels does for 94 % of the images. So a coarse search finds the right side and needs no gradient, and an inversion
+that starts there finds the trigger:
 
     start of Elijah's inversion       -U[0, 1]     -1         1      searched
     cosine with the trigger               0.02   0.58     -0.37          0.92
