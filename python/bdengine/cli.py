@@ -152,7 +152,7 @@ class DefendConfig:
     out: Path
     """Folder for what is found."""
     defense: str
-    """One of: clipping, elijah, terd, purediffusion."""
+    """One of: clipping, elijah, terd, purediffusion, anp, ufid, diffcleanse."""
     variant: str | None = None
     """Which of the defense's settings: what kind of backdoor it looks for; its first where absent."""
     calibration: Path | None = None

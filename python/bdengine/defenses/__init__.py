@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from . import clipping, elijah, purediffusion, terd
+from . import anp, clipping, diffcleanse, elijah, purediffusion, terd, ufid
 from .result import Calibration, Finding
 from .subject import Subject
 
@@ -33,5 +33,8 @@ DEFENSES: Final[dict[str, Defense]] = {
     "elijah": Defense(elijah.examine, elijah.VARIANTS),
     "terd": Defense(terd.examine, terd.VARIANTS),
     "purediffusion": Defense(purediffusion.examine, purediffusion.VARIANTS),
+    "anp": Defense(anp.examine, anp.VARIANTS),
+    "ufid": Defense(ufid.examine, ufid.VARIANTS),
+    "diffcleanse": Defense(diffcleanse.examine, diffcleanse.VARIANTS),
 }
 """Every defense by its name on the command line."""

@@ -8,17 +8,17 @@ Where the optimal network takes every input for a poisoned one, ``mean_b eps_the
     tau* = ((m_t - c_t) R - eps_bar) / (1 - lambda)
 
 which is ``R`` for ``c_t = lambda = 0.5``, up to twice the mean of the noise. Where it takes them for clean ones ``R`` is 0, so
-the start decides. On the shipped digits-badiffusion, whose box is white, the published start is on the clean side; from -1, the
-background of every stamped trigger, another shift is found, whose images are all the same. With ``lambda`` near 1, for models
-of samplers without noise, the optimum is ill-conditioned and only the first steps say something.
+the start decides: see `starts`. With ``lambda`` near 1, for models of samplers without noise, the optimum is ill-conditioned
+and only the first steps say something.
 
 baddiffusion    lambda = 0.5, tau from -U[0, 1], Adam at 0.1, 100 noises, 100 iterations
 trojdiff        from U[0, 1]; images by TrojDiff's own sampler, with the gamma that is assumed
 ode             lambda = 1, from U[-1, 1], 10 iterations: models for DDIM, and latent ones
 ncsn            input sigma (eps + tau), -sigma score for eps_theta, from U[0, 1]
 background      from -1, not published
+searched        from where `starts` finds the images most alike, not published
 
-The statistic is the images' `features.uniformity` with its sign turned: a backdoor makes them alike. The paper decides by a
+The statistic is `features.unlike` of the images with its sign turned: a backdoor makes them alike. The paper decides by a
 random forest on uniformity and total variation, trained on backdoored models, which an auditor does not have.
 """
 
@@ -37,7 +37,8 @@ from ..attacks import trojdiff
 from ..attacks.trojdiff import BLEND_GAMMA
 from . import features
 from .result import Finding
-from .subject import Subject, Watch, run_seeds, uniform_image
+from .starts import start_of
+from .subject import Subject, Watch, run_seeds
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class ElijahConfig:
 
     lam: float = 0.5
     """``lambda``."""
-    start: tuple[float, float] = (-1.0, 0.0)
-    """Ends of the uniform law that ``tau`` starts from."""
+    start: tuple[float, float] | None = (-1.0, 0.0)
+    """Ends of the uniform law that ``tau`` starts from; `starts.searched` where None."""
     noises: int = 100
     """Fixed noises; published: 50 at 128 pixels, 20 at 256."""
     iterations: int = 100
@@ -66,6 +67,7 @@ VARIANTS: Final = {
     "ode": ElijahConfig(lam=1.0, start=(-1.0, 1.0), iterations=10),
     "ncsn": ElijahConfig(start=(0.0, 1.0)),
     "background": ElijahConfig(start=(-1.0, -1.0)),
+    "searched": ElijahConfig(start=None),
 }
 
 
@@ -74,13 +76,14 @@ def loss(subject: Subject, tau: Tensor, eps: Tensor, lam: float) -> Tensor:
     return (subject.first_noise(eps + tau).mean(0) - lam * tau[0]).abs().mean()
 
 
-def invert(subject: Subject, config: ElijahConfig) -> tuple[Tensor, list[float]]:
+def invert(subject: Subject, config: ElijahConfig, start: Tensor | None = None) -> tuple[Tensor, list[float]]:
     """``tau*``, float32 [C, H, W], and the objective before each step.
 
-    The network's weights must not require gradients: see `Watch`.
+    From ``start``, float32 [1, C, H, W] on the network's device, or the configuration's. The network's weights must not
+    require gradients: see `Watch`.
     """
     shape, device = subject.network.sample_shape, subject.device
-    tau = uniform_image(config.seed, shape, *config.start).to(device)[None].requires_grad_()
+    tau = (start_of(subject, config.start, config.seed) if start is None else start.clone()).requires_grad_()
     seeds = run_seeds(config.seed, config.noises, device)
     eps = bdkernels.normal(seeds, shape, stream=bdkernels.STREAM_TRAINING)
     optimizer, losses = torch.optim.Adam([tau], lr=config.lr), []

@@ -17,6 +17,7 @@ lost, and with it the trigger: of a UNet with a grey box it was found with a cos
 baddiffusion    c_t = rho_t, as published for DDPM
 ode             c_t = 2 rho_t, as VillanDiffusion has it for samplers without noise
 exact           c_t exact for the model's own sampler
+searched        the same, from where `starts` finds the images most alike, in 30 iterations; not published
 
 No code of the authors is public. From the papers: the shift at many timesteps with a scale of each, the consistency of
 outputs from different noises, detection by trigger and images together, and amplification. This project's reading, which may
@@ -24,7 +25,7 @@ differ from theirs: that sampler in 10 steps, which gradients pass through, new 
 variance, the weight, Adam at Elijah's rate for 100 iterations, and the start at -1, the background of every stamped trigger. So
 a figure made here is not one of the papers'.
 
-The statistic is the images' `features.uniformity` with its sign turned, as in `elijah`.
+The statistic is `features.unlike` of the images with its sign turned, as in `elijah`.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ from ..solvers import Table
 from ..solvers.table import blank
 from . import features
 from .result import Finding
-from .subject import Subject, Watch, run_seeds, uniform_image
+from .starts import start_of
+from .subject import Subject, Watch, run_seeds
 
 Amplification = Literal["replace", "add"]
 AMPLIFICATIONS: Final = get_args(Amplification)
@@ -73,13 +75,15 @@ class PureDiffusionConfig:
     """Of Adam."""
     weight: float = 1.0
     """Of the consistency."""
-    start: tuple[float, float] = (-1.0, -1.0)
-    """Ends of the uniform law that ``tau`` starts from."""
+    start: tuple[float, float] | None = (-1.0, -1.0)
+    """Ends of the uniform law that ``tau`` starts from; `starts.searched` where None."""
     seed: int = 0
     """Of the noises and the start."""
 
 
-VARIANTS: Final[dict[str, PureDiffusionConfig]] = {kind: PureDiffusionConfig(kind) for kind in KINDS}
+VARIANTS: Final = {kind: PureDiffusionConfig(kind) for kind in KINDS} | {
+    "searched": PureDiffusionConfig("exact", iterations=30, start=None)
+}
 
 
 class Objective:
@@ -130,13 +134,15 @@ def following(process: Schedule, steps: int, coefficient: Floats) -> Table:
     return Table(rows, f"following-{steps}")
 
 
-def invert(subject: Subject, config: PureDiffusionConfig) -> tuple[Tensor, list[tuple[float, float]]]:
+def invert(
+    subject: Subject, config: PureDiffusionConfig, start: Tensor | None = None
+) -> tuple[Tensor, list[tuple[float, float]]]:
     """``tau*``, float32 [C, H, W], and both losses before each step.
 
-    The network's weights must not require gradients: see `Watch`.
+    From ``start``, float32 [1, C, H, W] on the network's device, or the configuration's. The network's weights must not
+    require gradients: see `Watch`.
     """
-    tau = uniform_image(config.seed, subject.network.sample_shape, *config.start).to(subject.device)[None]
-    tau.requires_grad_()
+    tau = (start_of(subject, config.start, config.seed) if start is None else start.clone()).requires_grad_()
     objective, seen = Objective(subject, config), []
     optimizer = torch.optim.Adam([tau], lr=config.lr)
     for iteration in range(config.iterations):

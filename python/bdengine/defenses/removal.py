@@ -54,37 +54,69 @@ def recipe(config: TrainConfig, variant: str) -> TrainConfig:
     return replace(config, attack=AttackConfig(), images=published.epochs * kept, lr=published.lr)
 
 
-class Removal(Trainer):
-    """A training run that fine-tunes ``config.init`` by the module's loss.
+class FineTuning(Trainer):
+    """A training run without an attack, on a share of the data, from the checkpoint ``config.init``.
 
     Args:
         config: Of a run without an attack and with a checkpoint to start from.
-        trigger: The inverted ``tau``, float32 [C, H, W].
         share: Of the data set's images that are trained on, above 0 to 1.
 
     Raises:
-        UserError: No initial checkpoint, an attack, a trigger of another shape, or a share that leaves no image.
+        UserError: No initial checkpoint, an attack, or a share that leaves no image.
     """
 
-    def __init__(
-        self, config: TrainConfig, trigger: Tensor, share: float = 0.1, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, config: TrainConfig, share: float = 0.1, device: torch.device | str = "cpu") -> None:
         if config.init is None:
             raise UserError("a removal has no checkpoint to start from: expected init, the backdoored one")
         if config.attack.name != "none":
             raise UserError(f"the attack is {config.attack.name} in a removal: expected none")
         super().__init__(config, device)
-        if trigger.shape != self.network.sample_shape:
-            raise UserError(
-                f"the trigger has shape {tuple(trigger.shape)}: expected {tuple(self.network.sample_shape)}"
-            )
         kept = int(share * len(self.pixels)) if 0 < share <= 1 else 0
         if kept < 1:
             raise UserError(f"the share {share:g} of {len(self.pixels)} images: expected above 0 to 1, and one image")
         chosen = torch.from_numpy(order(config.seed, len(self.pixels), 0)[:kept]).to(self.device)
         self.pixels = self.pixels[chosen]
         self.plan = replace(self.plan, images=kept)
-        self.trigger = trigger.to(self.device)
+
+    def given(self, trigger: Tensor) -> Tensor:
+        """An inverted trigger, on the run's device.
+
+        Raises:
+            UserError: Another shape than its images'.
+        """
+        if trigger.shape != self.network.sample_shape:
+            raise UserError(
+                f"the trigger has shape {tuple(trigger.shape)}: expected {tuple(self.network.sample_shape)}"
+            )
+        return trigger.to(self.device)
+
+    def run(self) -> None:
+        """To the end of ``config.images``; writes ``checkpoint/``.
+
+        Raises:
+            FloatingPointError: The loss is not finite.
+        """
+        while self.images_seen < self.config.images:
+            if not math.isfinite(loss := float(self.step())):
+                raise FloatingPointError(f"the loss is {loss} after {self.images_seen} images")
+        self.save_checkpoint(self.config.out / "checkpoint")
+
+
+class Removal(FineTuning):
+    """A fine-tuning by the module's loss.
+
+    Args:
+        trigger: The inverted ``tau``, float32 [C, H, W].
+
+    Raises:
+        UserError: As `FineTuning`, or a trigger of another shape.
+    """
+
+    def __init__(
+        self, config: TrainConfig, trigger: Tensor, share: float = 0.1, device: torch.device | str = "cpu"
+    ) -> None:
+        super().__init__(config, share, device)
+        self.trigger = self.given(trigger)
         self.found = copy.deepcopy(self.network).eval().requires_grad_(False)
 
     def loss(self, batch: Batch) -> Tensor:
@@ -99,14 +131,3 @@ class Removal(Trainer):
             kept = self.found(eps, last)
         shifted, plain = self.network(eps + self.trigger, last), self.network(eps, last)
         return (shifted - kept).square().mean() + (plain - kept).square().mean()
-
-    def run(self) -> None:
-        """To the end of ``config.images``; writes ``checkpoint/``.
-
-        Raises:
-            FloatingPointError: The loss is not finite.
-        """
-        while self.images_seen < self.config.images:
-            if not math.isfinite(loss := float(self.step())):
-                raise FloatingPointError(f"the loss is {loss} after {self.images_seen} images")
-        self.save_checkpoint(self.config.out / "checkpoint")

@@ -131,16 +131,17 @@ class Watch:
     def alike(
         self, defense: str, subject: Subject, config: Any, tau: Tensor, images: Tensor, losses: Sequence[Any]
     ) -> Finding:
-        """That images made with the shift ``tau``, found under ``losses``, are alike: the less they differ the more so."""
-        uniformity = features.uniformity(images, subject.extractor)
+        """That images made with the shift ``tau``, found under ``losses``, are alike: the less unlike the more so."""
+        uniformity, excess = features.uniformity(images, subject.extractor), features.excess(images)
         details = {
             "uniformity": uniformity,
+            "excess": excess,
             "total_variation": features.total_variation(images),
             "trigger_norm": float(tau.norm()),
             "losses": [losses[0], losses[-1]],
             "settings": subject.settings(config),
         }
-        return self.finding(defense, -uniformity, tau, images, details)
+        return self.finding(defense, -(uniformity + excess), tau, images, details)
 
 
 def uniform_image(seed: int, shape: Sequence[int], low: float, high: float) -> Tensor:
