@@ -152,7 +152,9 @@ class Cleanse(FineTuning):
         if not 0 < ratio < 1:
             raise UserError(f"the ratio of pruned channels is {ratio:g}: expected above 0 and below 1")
         images = self.pixels[: self.PROBED].float() / 127.5 - 1
-        with_trigger, without = (importance(self.network, self.process, images, one, config.seed) for one in (r, 0 * r))
+        with_trigger, without = (
+            importance(self.network, self.schedule, images, one, config.seed) for one in (r, 0 * r)
+        )
         excess = with_trigger - without
         self.chosen = torch.zeros(len(excess), dtype=torch.bool, device=self.device)
         self.chosen[excess.topk(max(round(ratio * len(excess)), 1)).indices] = True

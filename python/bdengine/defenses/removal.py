@@ -25,6 +25,7 @@ from ..attacks import AttackConfig
 from ..data import load
 from ..errors import UserError, unknown
 from ..plan import Batch, order
+from ..schedule import Schedule
 from ..train import TrainConfig, Trainer
 
 
@@ -62,7 +63,7 @@ class FineTuning(Trainer):
         share: Of the data set's images that are trained on, above 0 to 1.
 
     Raises:
-        UserError: No initial checkpoint, an attack, or a share that leaves no image.
+        UserError: No initial checkpoint, an attack, another process than vp, or a share that leaves no image.
     """
 
     def __init__(self, config: TrainConfig, share: float = 0.1, device: torch.device | str = "cpu") -> None:
@@ -71,6 +72,11 @@ class FineTuning(Trainer):
         if config.attack.name != "none":
             raise UserError(f"the attack is {config.attack.name} in a removal: expected none")
         super().__init__(config, device)
+        if not isinstance(self.process, Schedule):
+            raise UserError(
+                f"the process is {config.process} in a removal: expected vp, whose last timesteps are repaired"
+            )
+        self.schedule = self.process
         kept = int(share * len(self.pixels)) if 0 < share <= 1 else 0
         if kept < 1:
             raise UserError(f"the share {share:g} of {len(self.pixels)} images: expected above 0 to 1, and one image")
@@ -126,7 +132,7 @@ class Removal(FineTuning):
 
     def deshift(self, eps: Tensor) -> Tensor:
         """Its last two terms, 0-d; ``eps`` float32 [N, C, H, W]."""
-        last = torch.tensor(self.process.T - 1, device=self.device)
+        last = torch.tensor(self.schedule.T - 1, device=self.device)
         with torch.no_grad():
             kept = self.found(eps, last)
         shifted, plain = self.network(eps + self.trigger, last), self.network(eps, last)
