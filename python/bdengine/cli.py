@@ -62,6 +62,8 @@ class SampleConfig:
     """Images that go through the network at once."""
     exact: bool = False
     """Refuse a micro-batch in which an image's last bits depend on its neighbours."""
+    capture: bool = False
+    """Replay each step as a CUDA graph; needs a GPU."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,8 @@ class EvaluateConfig:
     """Features of the Fréchet distance: digits, or a safetensors file of Inception weights."""
     micro_batch: int = 64
     """Images that go through the network at once."""
+    capture: bool = False
+    """Replay each step as a CUDA graph; needs a GPU."""
 
 
 @dataclass(frozen=True)

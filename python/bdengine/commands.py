@@ -145,13 +145,13 @@ def _sample(config: SampleConfig, seeds: Seeds, ranks: Ranks) -> int:
     if config.trigger:
         start = model.trigger(config.trigger, config.trigger_file)
         arm = model.triggered(table, replace(model.attack, trigger=config.trigger), start)
-    run = Sampler(model.network, {"": arm.clipped(config.clip)}, config.micro_batch, config.exact)
+    run = Sampler(model.network, {"": arm.clipped(config.clip)}, config.micro_batch, config.exact, config.capture)
     about = {
         "sampler": sampler,
         "weights_sha256": checkpoint.digest(model.network.state_dict()),
         "trigger_sha256": None if start is None else checkpoint.digest({"trigger": start}),
     }
-    free = ["out", "checkpoint", "trigger_file", "frechet", "data"]
+    free = ["out", "checkpoint", "trigger_file", "frechet", "data", "capture"]
     folder: PngFiles | Shards
     streamed = None
     if config.format == "png":
@@ -240,8 +240,9 @@ def _evaluate(config: EvaluateConfig, ranks: Ranks) -> int:
     table, sampler = model.table(config)
     triggered = model.triggered(table, names, r)
     arms, speed = sample_arms(
-        model.network, Arm(table), triggered, range(config.images), config.micro_batch, ranks.rank == 0, ranks
-    )
+        model.network, Arm(table), triggered, range(config.images), config.micro_batch, ranks.rank == 0, ranks,
+        config.capture,
+    )  # fmt: skip
     if ranks.rank > 0:
         return 0
     reference = Reference.of(data, extractor)

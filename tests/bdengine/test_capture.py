@@ -3,6 +3,7 @@ training step's gradient reads anything back."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bdkernels
 from bdengine.attacks import AttackConfig
 from bdengine.capture import Loop
+from bdengine.cli import main
 from bdengine.errors import UserError
 from bdengine.networks import Network
 from bdengine.sampler import Arm, Sampler
@@ -132,6 +134,31 @@ def test_capture_without_a_gpu_is_refused() -> None:
         Sampler(elementwise(), ARMS, 8, capture=True)
 
 
+COMMANDS = {
+    "sample": ("sample", "{}", "--seeds", "0-19", "--steps", "3", "--micro-batch", "16"),
+    "evaluate": (
+        *("evaluate", "{}", "--images", "20", "--steps", "3", "--micro-batch", "16"),
+        *("--trigger", "BOX_4", "--target", "DRAWN_HAT"),
+    ),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_captured_command_without_a_gpu_is_refused(
+    command: str,
+    tmp_path: Path,
+    tiny_checkpoint: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("bdengine.commands.device", lambda: "cpu")
+    words = [word.format(tiny_checkpoint) for word in COMMANDS[command]]
+    assert main([*words, "--capture", "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert said == "bdengine: capture was asked for on the device cpu: expected a CUDA device\n"
+    assert not (tmp_path / "out").exists()
+
+
 def small_run(out: Path, **changes: Any) -> TrainConfig:
     """Of 64 poisoned images in micro-batches."""
     attack = AttackConfig("baddiffusion", "BOX_4", "CORNER", rate=0.5)
@@ -174,6 +201,23 @@ def test_capture_and_replay_equal_eager() -> None:
             seeds = list(range(first, first + 20))
             a, b = eager(seeds), captured(seeds)
             assert all(torch.equal(a[name], b[name]) for name in ARMS)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_captured_command_makes_the_same(command: str, tmp_path: Path, tiny_checkpoint: Path) -> None:
+    """Pictures to the byte, and scores but for the speed; a run may go on without the flag that it began with."""
+    words = [word.format(tiny_checkpoint) for word in COMMANDS[command]]
+    eager, captured = tmp_path / "eager", tmp_path / "captured"
+    assert main([*words, "--out", str(eager)]) == 0
+    assert main([*words, "--capture", "--out", str(captured)]) == 0
+    pictures = sorted(file.name for file in eager.glob("*.png"))
+    assert pictures == sorted(file.name for file in captured.glob("*.png"))
+    assert all((eager / name).read_bytes() == (captured / name).read_bytes() for name in pictures)
+    if command == "evaluate":
+        a, b = (json.loads((folder / "scores.json").read_text())["arms"] for folder in (eager, captured))
+        assert a == b
+    assert main([*words, "--out", str(captured)]) == 0
 
 
 @pytest.mark.gpu
