@@ -5,8 +5,7 @@ a checkout. Neither torch nor a GPU is needed to build.
 
 ``BDK_CUDA_ARCHS="80;90"`` builds for these compute capabilities alone, ``BDK_CUDA=0`` leaves CUDA out. nvcc is looked for
 on PATH, in ``CUDA_HOME``, ``CUDA_PATH`` and /usr/local/cuda, and among what pip has installed (nvidia-cuda-nvcc with
-nvidia-cuda-runtime, and nvidia-nvvm and nvidia-cuda-crt of the same version); for the last, ``pip install .`` needs
-``--no-build-isolation``.
+nvidia-cuda-runtime, and nvidia-nvvm and nvidia-cuda-crt of the same version), which pip's build isolation leaves in sight.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ modulo 2^32.
 from __future__ import annotations
 
 import importlib
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -37,17 +38,29 @@ def built() -> bool:
 
 
 def available() -> bool:
-    """Whether the kernels can run: the module is there and torch sees a device."""
-    return built() and torch.cuda.is_available()
+    """Whether the kernels can run: the module is there, torch sees a device, and the driver takes what nvcc made."""
+    return not reason()
 
 
 def reason() -> str:
     """Why nothing can run and what to do about it, in one sentence; empty where all is well."""
-    if available():
-        return ""
-    return _reason or (
-        "torch sees no CUDA device: run on a machine with an NVIDIA GPU and its driver, with a CUDA build of torch"
-    )
+    if not built():
+        return _reason
+    if not torch.cuda.is_available():
+        return (
+            "torch sees no CUDA device: run on a machine with an NVIDIA GPU and its driver, with a CUDA build of torch"
+        )
+    return _refusal()
+
+
+@cache
+def _refusal() -> str:
+    """What the module's own CUDA runtime, which can be newer than torch's, says against the driver; empty for nothing."""
+    try:
+        _module().require_device()
+    except RuntimeError as error:
+        return str(error)
+    return ""
 
 
 def _module() -> ModuleType:

@@ -136,8 +136,10 @@ def step_formula(
     region: Tensor | None,
     arm_inside: Tensor | None,
     history: Tensor | None,
+    *,
+    z: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], _Rows]:
-    """``x'`` in the compute dtype, the value of each store, and the rows."""
+    """``x'`` in the compute dtype, the value of each store, and the rows; ``z`` is drawn unless it is given."""
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     row = _Rows(table.to(compute), arm, step.expand(len(x)), region, arm_inside)
     x_t, m = x.to(compute), model_output.to(compute)
@@ -149,7 +151,8 @@ def step_formula(
         x0 = x0 + row[Step.D] * r
     x0 = _clamp(x0, row[Step.LOW0], row[Step.HIGH0])
 
-    z = normal(seeds, step, noise.STREAM_STEP, x.shape[1:], compute)
+    if z is None:
+        z = normal(seeds, step, noise.STREAM_STEP, x.shape[1:], compute)
     z = torch.where(row[Step.Z] == 0, torch.zeros_like(z), z)
     x_next = row[Step.P] * x_t + row[Step.Q] * x0 + row[Step.S] * m
     for j, past in enumerate(h):

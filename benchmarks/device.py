@@ -187,10 +187,19 @@ def launches(names: Iterator[str]) -> int:
     return sum(_LAUNCH.match(name) is not None for name in names)
 
 
-def find(name: str) -> Device:
-    """One of `DEVICES`; the CPU, with a sentence on stderr, where torch finds no CUDA device."""
-    if name == "cuda" and torch.cuda.is_available():
+def find(name: str, kept: bool = False) -> Device:
+    """One of `DEVICES`; the CPU, with a sentence on stderr, where torch finds no CUDA device.
+
+    Raises:
+        UserError: It finds none and the rows are to be ``kept`` in a file, which would be taken for a GPU's.
+    """
+    if name == "cpu":
+        return Cpu()
+    if torch.cuda.is_available():
         return Cuda()
-    if name == "cuda":
-        print("benchmarks: the device cuda was asked for and torch finds none: the CPU's rows follow", file=sys.stderr)
+    if kept:
+        raise UserError("the device cuda was asked for with --json and torch finds none: expected --device cpu")
+    print(
+        "benchmarks: torch finds no CUDA device: the rows that follow are the CPU's, none is a GPU's", file=sys.stderr
+    )
     return Cpu()

@@ -43,7 +43,9 @@ class Trace:
     def add(self, op: str, shape: Shape, providers: Mapping[str, Provider]) -> None:
         """One op at one shape, after its own time was taken.
 
-        Each is a session of the profiler: their times have one origin, and their arrows get numbers of their own.
+        Each is a session of the profiler: their times have one origin, and their arrows get numbers of their own. Graphs that
+        were captured before outlive a session: torch takes CUPTI down after one, which crashes them under a CUDA before 12.6,
+        only where TEARDOWN_CUPTI=1 is set.
         """
         with profile(activities=self._device.activities) as recorded:
             repeat(op, shape, providers, self._device)

@@ -13,6 +13,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+
 from bdkernels import env
 from bdkernels.backends import missing
 
@@ -150,11 +152,24 @@ def machine(arguments: Sequence[str], device: Device) -> dict[str, Any]:
         **{name: found[name] for name in ("cpu", "cores", "vector", "os", "torch", "native")},
         "versions": {name: found[name] for name in ("python", "numpy", "diffusers", "triton")},
         "caches": device.caches,
+        "tf32": tf32(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", "benchmarks.run", *arguments]),
     }
+
+
+def tf32() -> str:
+    """What float32 may be rounded to 10 bits in, on CUDA devices that can: torch's defaults, with which all is timed.
+
+    Gates run without: see `bench.in_full`.
+    """
+    allowed = {
+        "convolutions": torch.backends.cudnn.allow_tf32,
+        "matrix products": torch.get_float32_matmul_precision() != "highest",
+    }
+    return ", ".join(name for name, on in allowed.items() if on) or "nowhere"
 
 
 def commit() -> str:

@@ -200,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(compare(options.compare, ours_alone(words, options.device)))
             return 0
         torch.set_num_threads(options.threads)
-        on = device.find(options.device)
+        on = device.find(options.device, kept=bool(options.json))
         cases = ((op, shape) for op in options.ops for shape in options.shapes or shapes(op))
         if options.nvtx:
             mark(cases, options.providers, on)

@@ -94,7 +94,7 @@ def make(run: TrainConfig) -> None:
 
 
 def main() -> int:
-    """Entry point; returns 2 after a user's mistake."""
+    """Entry point; returns 2 after a user's mistake, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="benchmarks.zoo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -111,6 +111,9 @@ def main() -> int:
     except (UserError, FloatingPointError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nbenchmarks: interrupted; called again, the zoo goes on where it stopped", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -6,11 +6,13 @@ for it.
 
 from __future__ import annotations
 
+import re
+
 try:
     import triton
 
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
-        raise ImportError(f"version {triton.__version__} is older than 3.9")
+    if tuple(map(int, re.findall(r"\d+", triton.__version__)[:3])) < (3, 7, 1):
+        raise ImportError(f"version {triton.__version__} is older than 3.7.1")
     from .launch import device_type
     from .loss import fused_loss
     from .noising import fused_noising

@@ -2,6 +2,7 @@
 // nor driver.
 #include "bindings.h"
 #include "cuda/launch.h"
+#include "cuda/runtime.h"
 
 namespace bdk {
 namespace {
@@ -32,6 +33,7 @@ struct Cuda {
 
 PYBIND11_MODULE(_cuda, m) {
     Bindings<Cuda>::define(m);
+    m.def("require_device", cuda::require_device);
     m.attr("LOSS_PART") = cuda::kLossPart;
 }
 

@@ -6,6 +6,10 @@ namespace bdk::cuda {
 // Throws std::runtime_error where `error`, a cudaError_t, is not success.
 void check(int error);
 
+// Throws std::runtime_error where nothing can run: no driver, one older than the CUDA of this build, no
+// device.
+void require_device();
+
 // Makes `device` the current one for as long as it lives.
 class OnDevice {
   public:

@@ -72,6 +72,8 @@ class SampleConfig:
     """Images that go through the network at once."""
     exact: bool = False
     """Refuse a micro-batch in which an image's last bits depend on its neighbours."""
+    capture: bool = False
+    """Replay each step as a CUDA graph; needs a GPU."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,8 @@ class EvaluateConfig:
     """Run the network's deep blocks at every so-many-th step and reuse their output between; 1 reuses nothing."""
     micro_batch: int = 64
     """Images that go through the network at once."""
+    capture: bool = False
+    """Replay each step as a CUDA graph; needs a GPU."""
 
 
 @dataclass(frozen=True)

@@ -63,12 +63,16 @@ class Model:
         made_by = read_json(extra) if extra.is_file() else {}
         return cls(network, checkpoint.load_scheduler_config(path), made_by, path)
 
-    def cached(self, every: int) -> Model:
+    def cached(self, every: int, capture: bool = False) -> Model:
         """With the network's deep blocks run at every so-many-th step.
 
         Raises:
-            UserError: As `Cached`.
+            UserError: As `Cached`, or to ``capture``, since what runs at a step is not decided on a GPU.
         """
+        if capture and every > 1:
+            raise UserError(
+                f"cache is {every} with capture: expected 1, as a graph replays the same blocks at every step"
+            )
         return self if every == 1 else replace(self, network=Cached(self.network, every))
 
     @property
@@ -168,7 +172,7 @@ def sample(config: SampleConfig) -> int:
 
 
 def _sample(config: SampleConfig, seeds: Seeds, ranks: Ranks) -> int:
-    model = Model.load(config.checkpoint).cached(config.cache)
+    model = Model.load(config.checkpoint).cached(config.cache, config.capture)
     table, sampler = model.table(config, config.task)
     images = None if config.task.first is None else originals(model.data(config.data))
     corrupted = None if images is None else config.task.corrupted(images)
@@ -177,13 +181,13 @@ def _sample(config: SampleConfig, seeds: Seeds, ranks: Ranks) -> int:
         names = replace(model.attack, trigger=config.trigger, trigger_file=config.trigger_file)
         arm = model.triggered(table, names, config.altered)
     arm = model.on_task(config.task, arm, corrupted)
-    run = Sampler(model.network, {"": arm.clipped(config.clip)}, config.micro_batch, config.exact)
+    run = Sampler(model.network, {"": arm.clipped(config.clip)}, config.micro_batch, config.exact, config.capture)
     about = {
         "sampler": sampler,
         "weights_sha256": checkpoint.digest(model.network.state_dict()),
         "trigger_sha256": None if arm.trigger is None else checkpoint.digest({"trigger": arm.trigger}),
     }
-    free = ["out", "checkpoint", "trigger_file", "frechet"] + (["data"] if corrupted is None else [])
+    free = ["out", "checkpoint", "trigger_file", "frechet", "capture"] + (["data"] if corrupted is None else [])
     folder: PngFiles | Shards
     streamed = None
     if config.format == "png":
@@ -259,7 +263,7 @@ def evaluate(config: EvaluateConfig) -> int:
 
 
 def _evaluate(config: EvaluateConfig, ranks: Ranks) -> int:
-    model = Model.load(config.checkpoint).cached(config.cache)
+    model = Model.load(config.checkpoint).cached(config.cache, config.capture)
     attack = model.attack
     names = replace(
         attack,
@@ -283,7 +287,14 @@ def _evaluate(config: EvaluateConfig, ranks: Ranks) -> int:
         for arm in (Arm(table), model.triggered(table, names, config.altered))
     )
     arms, speed = sample_arms(
-        model.network, clean, triggered, range(config.images), config.micro_batch, ranks.rank == 0, ranks
+        model.network,
+        clean,
+        triggered,
+        range(config.images),
+        config.micro_batch,
+        ranks.rank == 0,
+        ranks,
+        config.capture,
     )
     if ranks.rank > 0:
         return 0

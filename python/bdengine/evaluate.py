@@ -88,14 +88,16 @@ def sample_arms(
     micro_batch: int = 64,
     progress: bool = False,
     ranks: Ranks = ALONE,
+    capture: bool = False,
 ) -> tuple[Arms, float]:
     """Images of every arm from the same seeds, and images per second over all of them.
 
     A seed's arms stand side by side in a batch and share their noise. Each of the ``ranks`` that share the work has all images.
+    With ``capture`` each step is a CUDA graph; see `Sampler`, also for what is refused.
     """
     arms = clipping.arms(clean, triggered)
     begun = time.perf_counter()
-    sampler = Sampler(network, {"/".join(key): arm for key, arm in arms.items()}, micro_batch)
+    sampler = Sampler(network, {"/".join(key): arm for key, arm in arms.items()}, micro_batch, capture=capture)
     images = sampler(seeds, progress=progress, ranks=ranks)
     speed = len(arms) * len(seeds) / (time.perf_counter() - begun)
     return dict(zip(arms, images.values(), strict=True)), speed

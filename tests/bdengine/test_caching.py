@@ -77,6 +77,7 @@ def test_what_has_no_deep_blocks_is_refused(network: Network, tmp_path: Path, ti
         Cached(Network(nn.Linear(4, 4), (1, 2, 2)), 2)
     with pytest.raises(UserError, match="a UNet2DModel has no deep blocks to reuse"):
         Cached(Network(unet(8, 1, (8,))), 2)
-    words = ["sample", str(tiny_checkpoint), "--out", str(tmp_path / "out"), "--cache", "2", "--exact"]
-    assert main(words) == 2
+    words = ["sample", str(tiny_checkpoint), "--out", str(tmp_path / "out"), "--cache", "2"]
+    for also in ("--exact", "--capture"):
+        assert main([*words, also]) == 2
     assert not (tmp_path / "out").exists()

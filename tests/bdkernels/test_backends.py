@@ -98,6 +98,17 @@ def test_the_environment_forces_a_backend() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("version", "told"),
+    [("3.6.0", True), ("3.7.0+git12345", True), ("3.7", True), ("3.7.1+git9", False), ("3.10.0", False)],
+)
+def test_an_old_triton_is_a_reason(version: str, told: bool) -> None:
+    pytest.importorskip("triton")
+    code = f"import triton; triton.__version__ = {version!r}; import bdkernels.triton as b; print(b.reason())"
+    sentence = f"triton cannot be used (version {version} is older than 3.7.1): run `pip install bdengine[gpu]`"
+    assert (sentence in run(code).stdout) == told
+
+
 def test_a_forced_backend_without_a_device_says_so() -> None:
     """Triton may be installed or not; without a GPU it cannot run, and the one sentence says what to do."""
     code = "import torch, bdkernels as bdk\nbdk.normal(torch.arange(2), (1, 2, 2))"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import bdkernels as bdk
-from bdkernels import noise
+from bdkernels import native, noise, reference
 
 BACKENDS = ("cpu", "reference")
 SHAPE = (3, 6, 5)
@@ -136,6 +136,22 @@ def test_gradients_of_the_step_are_those_of_its_formula() -> None:
         return bdk.fused_step(**{**case, **dict(zip(names, values, strict=True))})
 
     torch.autograd.gradcheck(run, [case[name].clone().requires_grad_() for name in names])
+
+
+@pytest.mark.skipif(not native.available(), reason=native.reason() or "present")
+def test_gradients_of_the_step_draw_their_noise_with_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its bits are the reference's, and so are the gradients'; the outer clamp binds in some elements and not in others."""
+    case, names = step_case(), ("x", "model_output", "trigger", "history")
+    values = [case[name].clone().requires_grad_() for name in names]
+    x_next, _, _ = reference.step_formula(**{**case, **dict(zip(names, values, strict=True))})
+    weights = random(6, *x_next.shape)
+    expected = torch.autograd.grad((x_next * weights).sum(), values)
+    monkeypatch.setattr(reference, "normal", None)
+    got = torch.autograd.grad(
+        (bdk.fused_step(**{**case, **dict(zip(names, values, strict=True))}) * weights).sum(), values
+    )
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert 0 < int((expected[0] == 0).sum()) < expected[0].numel()
 
 
 def training_case(count: int = 4) -> dict[str, Any]:

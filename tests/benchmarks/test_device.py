@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from bdkernels import backends, native
-from benchmarks import bench, device, normal, report, run, samplers, step, timing, training
+from benchmarks import bench, device, network, normal, report, run, samplers, step, timing, training
 from benchmarks.bench import HOST
-from benchmarks.registry import BYTES, OPS, SAMPLER_OPS
+from benchmarks.registry import BYTES, NETWORK_OPS, OPS, SAMPLER_OPS
 
 TINY = ("--shapes", "2x3x4x4", "--threads", "1", "--repeats", "7", "--providers", "diffusers", "cpu", "reference")
 META = torch.device("meta")
@@ -33,19 +33,38 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @without_a_device
-def test_without_a_device_a_sentence_and_the_rows_of_the_cpu(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "machine.json"
-    assert run.main(["step", *TINY, "--device", "cuda", "--json", str(file)]) == 0
+def test_without_a_device_a_sentence_and_the_rows_of_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["step", *TINY, "--device", "cuda"]) == 0
     said = capsys.readouterr()
-    assert said.err == "benchmarks: the device cuda was asked for and torch finds none: the CPU's rows follow\n"
+    assert said.err == "benchmarks: torch finds no CUDA device: the rows that follow are the CPU's, none is a GPU's\n"
     assert "fused_step 2x3x4x4 float32, threads: 1" in said.out
-    document = json.loads(file.read_text())
-    assert document["machine"]["device"] == "cpu"
-    assert "--device cuda" in document["machine"]["command"]
     ours = ["cpu"] if native.available() else []
-    assert [row["provider"] for row in document["rows"]] == ["diffusers", *ours, "reference", "ceiling"]
+    assert [line.split()[0] for line in said.out.splitlines()[2:-2]] == ["diffusers", *ours, "reference", "ceiling"]
+
+
+@without_a_device
+def test_without_a_device_no_file_of_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "machine.json"
+    assert run.main(["step", *TINY, "--device", "cuda", "--json", str(file)]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == (
+        "benchmarks: the device cuda was asked for with --json and torch finds none: expected --device cpu\n"
+    )
+    assert not file.exists()
+
+
+def test_the_machine_tells_where_float32_is_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert report.tf32() == "convolutions"
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert report.tf32() == "convolutions, matrix products"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    assert report.tf32() == "nowhere"
 
 
 @pytest.mark.parametrize(
@@ -104,6 +123,18 @@ def test_everything_runs_on_the_device_that_was_given(op: str, monkeypatch: pyte
         for _ in range(provider.cycle):
             result = provider.run()
         for tensor in result if isinstance(result, tuple) else (result,):
+            on_the_device(name, tensor)
+
+
+@pytest.mark.parametrize("op", NETWORK_OPS)
+def test_a_network_off_the_cpu_is_stock_s(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the device that was given; compiled too, also its gradients, which a CPU's compiler gets wrong."""
+    monkeypatch.setattr(network, "compiled", lambda function: function)
+    providers = NETWORK_OPS[op]((2, 1, 16, 16), META)
+    assert list(providers) == ["diffusers", "torch", "compile", "ceiling"]
+    for name, provider in providers.items():
+        result = provider.run()
+        for tensor in result if isinstance(result, list) else (result,):
             on_the_device(name, tensor)
 
 
@@ -276,7 +307,7 @@ class OnTheHost(device.Cuda):
 def test_the_further_columns_reach_the_table_and_the_file(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(device, "find", lambda _: OnTheHost())
+    monkeypatch.setattr(device, "find", lambda name, kept: OnTheHost())
     file = tmp_path / "rows.json"
     assert run.main(["step", "step/ddim", *TINY, "--json", str(file)]) == 0
     heads = [line for line in capsys.readouterr().out.splitlines() if line.startswith("provider")]
@@ -293,7 +324,7 @@ def test_the_further_columns_reach_the_table_and_the_file(
 def test_marks_are_made_of_checked_providers_and_nothing_is_timed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(device, "find", lambda _: OnTheHost())
+    monkeypatch.setattr(device, "find", lambda name, kept: OnTheHost())
     with torch.profiler.profile(activities=device.Cpu.activities) as recorded:
         assert run.main(["normal", *TINY, "--nvtx"]) == 0
     assert capsys.readouterr().out == ""

@@ -31,7 +31,8 @@ def test_every_op_is_checked_measured_and_written(tmp_path: Path, capsys: pytest
     document = json.loads(file.read_text())
     assert set(document) == {"machine", "rows"}
     assert set(document["machine"]) == {
-        "device", "cpu", "cores", "vector", "os", "torch", "native", "versions", "caches", "load", "commit", "date", "command",
+        "device", "cpu", "cores", "vector", "os", "torch", "native", "versions", "caches", "tf32", "load", "commit", "date",
+        "command",
     }  # fmt: skip
     assert document["machine"]["command"].startswith("python -m benchmarks.run --shapes 2x3x4x4 --threads 1")
     ours = ["cpu", "reference"] if native.available() else ["reference"]

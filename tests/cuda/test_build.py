@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,6 +40,27 @@ def test_every_op_says_that_there_is_no_device(op: str, shape: testing.Shape) ->
     ops = CompiledOps(cuda._module, lambda tensor: (0, 0))
     with pytest.raises(RuntimeError, match=r"^no CUDA device is present: "):
         getattr(ops, op)(**case)
+
+
+@needs_build
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+def test_an_old_driver_is_told_from_none(tmp_path: Path) -> None:
+    """By NVIDIA's own runtime in the extension, given a driver library that knows its version and nothing else."""
+    source, driver = tmp_path / "driver.cpp", tmp_path / "libcuda.so.1"
+    source.write_text('extern "C" int cuDriverGetVersion(int* version) { return *version = 11080, 0; }')
+    subprocess.run(["g++", "-shared", "-fPIC", source, "-o", driver], check=True)
+    script = "import bdkernels._cuda as c; c.require_device()"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert re.search(
+        r"RuntimeError: the NVIDIA driver is for CUDA 11\.8 and bdkernels\._cuda was built with CUDA 1[2-9]\.\d: update",
+        done.stderr,
+    ), done.stderr
 
 
 def test_a_missing_extension_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import ModuleType
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 import bdkernels
-from bdkernels import NO_BAD_ROW, native, noise, reference, testing
+from bdkernels import NO_BAD_ROW, backends, cuda, native, noise, reference, testing
 from bdkernels.columns import STEP_COLUMNS, STORE_COLUMNS, STORES, Step, Store
 from bdkernels.compiled import CompiledOps
 
@@ -120,6 +121,34 @@ def test_a_bound_step_runs_where_torch_is_at_its_call(shim: ModuleType) -> None:
     bound(m, 0)
     with pytest.raises(RuntimeError, match="CUDA refused"):
         bound(m, 0)
+
+
+@pytest.mark.parametrize(
+    ("driver", "sentence"),
+    [
+        ("0", "no CUDA device is present: there is no NVIDIA driver"),
+        (
+            "12040",
+            "the NVIDIA driver is for CUDA 12.4 and bdkernels._cuda was built with CUDA 13.0: update the driver, or build"
+            " again with a CUDA toolkit of the driver's version",
+        ),
+    ],
+)
+def test_a_driver_that_cannot_run_it_is_a_reason(
+    driver: str, sentence: str, shim: ModuleType, ops: CompiledOps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where torch, of an older CUDA, finds a device; and an op that is forced says the same."""
+    monkeypatch.setattr(cuda, "_cuda", shim)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    cuda._refusal.cache_clear()
+    assert cuda.available()
+    cuda._refusal.cache_clear()
+    monkeypatch.setenv("BDK_SHIM_DRIVER", driver)
+    assert not cuda.available()
+    assert cuda.reason() == backends.missing("cuda") == sentence
+    with pytest.raises(RuntimeError, match=f"^{re.escape(sentence)}$"):
+        ops.fused_step(**testing.random_step_case(generator(0), SHAPES[0]))
+    cuda._refusal.cache_clear()
 
 
 @pytest.mark.parametrize("shape", SHAPES[:2])

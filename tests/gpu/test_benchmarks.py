@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import device, run, timing
 from benchmarks.bench import Provider, ours
-from benchmarks.registry import OPS
+from benchmarks.registry import NETWORK_OPS, OPS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -49,6 +49,22 @@ def test_every_op_is_checked_and_measured(op: str, tmp_path: Path) -> None:
         assert fused == [1] * len(fused)
         assert rows["diffusers"]["launches"] > 5
         assert rows["ceiling"]["launches"] == 1
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize("op", NETWORK_OPS)
+def test_every_network_is_checked_and_measured(op: str, tmp_path: Path) -> None:
+    """Also the gradients of the compiled one, which only a CPU gets wrong; a network moves no bytes that could be counted."""
+    file = tmp_path / "rows.json"
+    words = ["--device", "cuda", "--shapes", "8x1x16x16", "4x3x32x32", "--repeats", "7"]
+    assert run.main([op, *words, "--json", str(file)]) == 0
+    document = json.loads(file.read_text())
+    assert document["machine"]["tf32"] == "convolutions"
+    rows = document["rows"]
+    assert [row["provider"] for row in rows] == 2 * ["diffusers", "torch", "compile", "ceiling"]
+    for row in rows:
+        assert min(row["ns_per_element"], row["launches"], row["host_us"]) > 0
+        assert "gb_per_s" not in row
 
 
 def test_the_clock_is_the_device_s() -> None:

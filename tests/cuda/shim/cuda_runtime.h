@@ -3,6 +3,7 @@
 // Blocks run one after another, the threads of a block in turns: each until it waits for others, at
 // __syncthreads or a shuffle. BDK_SHIM_ORDER in the environment says in which order: 0 ascending, 1
 // descending, 2 shuffled, threads and blocks alike. With BDK_SHIM_LAST only the last block of a grid runs.
+// BDK_SHIM_DRIVER is the version of the driver, 0 for none; the runtime's where absent.
 #pragma once
 
 #include <cstdint>
@@ -87,6 +88,10 @@ enum cudaError_t {
 };
 using cudaStream_t = struct Stream*;
 
+#define CUDART_VERSION 13000
+
+cudaError_t cudaDriverGetVersion(int* version);
+cudaError_t cudaGetDeviceCount(int* count);
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaSetDevice(int device);
 const char* cudaGetErrorString(cudaError_t error);

@@ -120,9 +120,21 @@ uint64_t exchange(uint64_t mine, int lanes_up) {
 
 }  // namespace shim
 
+cudaError_t cudaDriverGetVersion(int* version) {
+    const char* chosen = getenv("BDK_SHIM_DRIVER");
+    *version = chosen != nullptr ? atoi(chosen) : CUDART_VERSION;
+    return cudaSuccess;
+}
+cudaError_t cudaGetDeviceCount(int* count) {
+    *count = 1;
+    int driver;
+    (void)cudaDriverGetVersion(&driver);
+    return driver < CUDART_VERSION ? cudaErrorInsufficientDriver : cudaSuccess;
+}
 cudaError_t cudaGetDevice(int* device) {
     *device = 0;
-    return cudaSuccess;
+    int count;
+    return cudaGetDeviceCount(&count);
 }
 cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
 const char* cudaGetErrorString(cudaError_t) { return "an error"; }
