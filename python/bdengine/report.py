@@ -13,7 +13,6 @@ may be missing or None but ``source``, its arms and, in a score, ``images``.
 
 from __future__ import annotations
 
-import base64
 import itertools
 import json
 import math
@@ -28,7 +27,7 @@ from typing import Any, Final
 from PIL import Image
 from torch import Tensor
 
-from bdengine import curve, pictures
+from bdengine import curve, markup, pictures
 from bdengine.errors import UserError
 from bdengine.files import write_atomic
 
@@ -40,8 +39,6 @@ LABELS: Final = 3
 """Columns of the table that say which arm it is; the rest are numbers."""
 STRIP_WIDTH: Final = 840
 """CSS pixels that a row of images takes beside its name, at most, where twice its own width fits."""
-MARK_WIDTH: Final = 96
-"""CSS pixels of the trigger and of the target, at most."""
 SAMPLES_NOTE: Final = (
     "Every column starts from one seed, so its samples share their noise. Clip says what is clamped to [-1, 1] at "
     "every step: <i>latent</i> the sample on its way, <i>x0</i> the image predicted from it, <i>none</i> nothing."
@@ -155,16 +152,24 @@ def page(report: Report) -> str:
     first, *others = _sources(metrics)
     points = [point for point in report.curve if point["loss"] > 0]
     samples = "".join(_samples(metrics, source, arms) for source, arms in report.arms.items())
-    films = "".join(f"<h3>{_text(name)}</h3>{_scroll(name, _image(film, name))}" for name, film in report.films.items())
+    films = "".join(
+        f"<h3>{markup.text(name)}</h3>{markup.scroll(name, markup.image(film, name))}"
+        for name, film in report.films.items()
+    )
     return Template(TEMPLATE.read_text("utf-8")).substitute(
-        title=_text(report.title),
-        subtitle=_text(report.subtitle),
-        source=_text(_named(first)),
-        verdict=re.sub(r"[0-9.]+\s%", r"<b>\g<0></b>", _text(verdict(metrics, first))),
-        others="".join(f"<p><b>{_text(_named(other))}:</b> {_text(verdict(metrics, other))}</p>" for other in others),
-        trigger=_mark(report.trigger, "trigger"),
-        target=_mark(report.target, "target"),
-        facts="".join(f"<div><dt>{_text(term)}</dt><dd>{_text(fact)}</dd></div>" for term, fact in _facts(metrics)),
+        style=markup.STYLE.read_text("utf-8"),
+        title=markup.text(report.title),
+        subtitle=markup.text(report.subtitle),
+        source=markup.text(_named(first)),
+        verdict=re.sub(r"[0-9.]+\s%", r"<b>\g<0></b>", markup.text(verdict(metrics, first))),
+        others="".join(
+            f"<p><b>{markup.text(_named(other))}:</b> {markup.text(verdict(metrics, other))}</p>" for other in others
+        ),
+        trigger=markup.mark(report.trigger, "trigger"),
+        target=markup.mark(report.target, "target"),
+        facts="".join(
+            f"<div><dt>{markup.text(term)}</dt><dd>{markup.text(fact)}</dd></div>" for term, fact in _facts(metrics)
+        ),
         samples=_section("samples", "Samples", SAMPLES_NOTE, samples),
         table=_html_table(metrics),
         films=_section("films", "From noise to image", FILMS_NOTE, films),
@@ -291,60 +296,41 @@ def _samples(metrics: Metrics, source: str, arms: Mapping[str, Tensor]) -> str:
         start, _, clip = name.partition(" / ")
         score = _arms(metrics, source).get(start, {}).get(clip)
         scale = max(2, STRIP_WIDTH // (len(images) * (images.shape[-1] + 1)))
-        strip = _image(
+        strip = markup.image(
             pictures.grid(images, columns=len(images), scale=scale),
             f"{len(images)} samples of the {_named(source)}, {name}",
         )
-        asr = f"<small>ASR {_text(_percent(score['asr']))}</small>" if score else ""
+        asr = f"<small>ASR {markup.text(_percent(score['asr']))}</small>" if score else ""
         rows.append(
-            f'<figure style="--n:{len(images)}"><figcaption><b>{_text(start)}</b> {_text(clip)}{asr}</figcaption>'
+            f'<figure style="--n:{len(images)}"><figcaption><b>{markup.text(start)}</b> {markup.text(clip)}{asr}</figcaption>'
             f"{strip}</figure>"
         )
-    return f"<h3>{_text(_named(source))}</h3>{_scroll(f'Samples of the {_named(source)}', ''.join(rows))}"
+    return f"<h3>{markup.text(_named(source))}</h3>{markup.scroll(f'Samples of the {_named(source)}', ''.join(rows))}"
 
 
 def _html_table(metrics: Metrics) -> str:
     header, rows = _table(metrics)
-    head = "".join(f'<th scope="col">{_text(cell)}</th>' for cell in header[1:])
+    head = "".join(f'<th scope="col">{markup.text(cell)}</th>' for cell in header[1:])
     bodies = []
     for source, members in itertools.groupby(rows, key=lambda row: row[0]):
         lines = "".join(f"<tr>{''.join(map(_html_cell, range(1, len(row)), row[1:]))}</tr>" for row in members)
-        title = f'<tr><th class="source" scope="rowgroup" colspan="{len(header) - 1}">{_text(_named(source))}</th></tr>'
+        title = f'<tr><th class="source" scope="rowgroup" colspan="{len(header) - 1}">{markup.text(_named(source))}</th></tr>'
         bodies.append(f"<tbody>{title}{lines}</tbody>")
-    return _scroll("Numbers", f"<table><thead><tr>{head}</tr></thead>{''.join(bodies)}</table>")
+    return markup.scroll("Numbers", f"<table><thead><tr>{head}</tr></thead>{''.join(bodies)}</table>")
 
 
 def _html_cell(column: int, cell: str) -> str:
     if column < LABELS:
-        return f'<th scope="row">{_text(cell)}</th>'
+        return f'<th scope="row">{markup.text(cell)}</th>'
     bar = f' class="share" style="--part:{cell.replace(" ", "")}"' if cell.endswith("%") else ""
-    return f"<td{bar}>{_text(cell)}</td>"
+    return f"<td{bar}>{markup.text(cell)}</td>"
 
 
 def _curve(points: Sequence[Mapping[str, float]]) -> str:
     first, last = points[0], points[-1]
     label = f"Loss from {first['loss']:.3g} to {last['loss']:.3g} over {last['images']:,} images"
-    return f"<figure>{curve.svg(points, label)}<figcaption>{_text(label)}</figcaption></figure>"
+    return f"<figure>{curve.svg(points, label)}<figcaption>{markup.text(label)}</figcaption></figure>"
 
 
 def _section(name: str, heading: str, note: str, body: str) -> str:
     return f'<section class="{name}"><h2>{heading}</h2><p>{note}</p>{body}</section>' if body else ""
-
-
-def _scroll(label: str, body: str) -> str:
-    return f'<div class="scroll" role="region" aria-label="{escape(label)}" tabindex="0">{body}</div>'
-
-
-def _mark(image: Tensor, name: str) -> str:
-    picture = pictures.grid(image[None], scale=max(1, MARK_WIDTH // image.shape[-1]))
-    return f"<figure>{_image(picture, f'The {name}')}<figcaption>{name}</figcaption></figure>"
-
-
-def _image(picture: Image.Image, alt: str) -> str:
-    data = base64.b64encode(pictures.png_bytes(picture)).decode()
-    size = f'width="{picture.width}" height="{picture.height}"'
-    return f'<img src="data:image/png;base64,{data}" {size} alt="{escape(alt)}">'
-
-
-def _text(text: str) -> str:
-    return escape(text).replace(" %", "\N{NO-BREAK SPACE}%").replace(" → ", "\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}")
