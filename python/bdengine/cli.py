@@ -1,5 +1,5 @@
-"""The command line: ``bdengine demo | train | sample | export | evaluate | defend | samplers | convert | env``, each with
-``--help``.
+"""The command line: ``bdengine demo | train | sample | export | evaluate | defend | audit | calibrate | samplers | convert |
+env``, each with ``--help``.
 """
 
 from __future__ import annotations
@@ -178,6 +178,54 @@ class DefendConfig:
 
 
 @dataclass(frozen=True)
+class AuditConfig:
+    """Say whether a checkpoint has a backdoor, without data: looks from cheap to dear and stops when the evidence is decisive.
+
+    bdengine audit digits-badiffusion --out runs/audit
+
+    bdengine audit some/model --calibration mine/calibration.json --out runs/audit
+
+    Writes audit.json and report.html. Exit code: 0 no evidence, 1 backdoored, 3 undecided, 2 after a mistake.
+    """
+
+    checkpoint: tyro.conf.Positional[str]
+    """A diffusers folder, a run of bdengine train, a hub name, digits-clean or digits-badiffusion."""
+    out: Path
+    """Folder for what is found."""
+    calibration: Path | None = None
+    """What clean models of the same family do, as bdengine calibrate writes it; one in the package that fits where absent."""
+    alpha: float = 0.05
+    """Share of clean models that may be called backdoored."""
+    features: str | None = None
+    """What tells images apart: digits or pixels; digits for a checkpoint trained on them where absent."""
+    sampler: str | None = None
+    """One that bdengine samplers lists, or own; what the checkpoint was made for where absent, else ddpm, else own."""
+    steps: int | None = None
+    """Steps of the sampler; 20 where neither you nor the checkpoint says."""
+    order: int | None = None
+    """Order of a solver that has several."""
+    eta: float | None = None
+    """Noise of ddim."""
+
+
+@dataclass(frozen=True)
+class CalibrateConfig:
+    """Measure what clean models do, for the verdicts of audit and defend; goes on where it stopped.
+
+    bdengine calibrate clean/a clean/b clean/c --defense audit --out mine
+    """
+
+    checkpoints: tyro.conf.Positional[tuple[str, ...]]
+    """Clean models of one family, trained alike and not from each other; 19 give p-values down to 0.05."""
+    out: Path
+    """Folder for calibration.json and a finding of each model."""
+    defense: str = "audit"
+    """audit, or a defense that detects."""
+    variant: str | None = None
+    """Which of the defense's settings; its first where absent."""
+
+
+@dataclass(frozen=True)
 class SamplersConfig:
     """List the samplers that train, sample and evaluate know.
 
@@ -259,6 +307,18 @@ def _defend(arguments: Sequence[str]) -> int:
     return defend(tyro.cli(DefendConfig, prog="bdengine defend", args=arguments))
 
 
+def _audit(arguments: Sequence[str]) -> int:
+    from .auditing import audit
+
+    return audit(tyro.cli(AuditConfig, prog="bdengine audit", args=arguments))
+
+
+def _calibrate(arguments: Sequence[str]) -> int:
+    from .auditing import calibrate
+
+    return calibrate(tyro.cli(CalibrateConfig, prog="bdengine calibrate", args=arguments))
+
+
 def _demo(arguments: Sequence[str]) -> int:
     from .demo import DemoConfig, demo
 
@@ -303,6 +363,8 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "export": (_export, "images of a folder of shards, by seed"),
     "evaluate": (_evaluate, "attack and quality scores of a checkpoint"),
     "defend": (_defend, "look for a backdoor in a checkpoint, with one defense"),
+    "audit": (_audit, "a verdict on a checkpoint, without data"),
+    "calibrate": (_calibrate, "what clean models do, for verdicts"),
     "samplers": (_samplers, "the samplers, with order, evaluations and noise"),
     "convert": (_convert, "an old pickled checkpoint to safetensors, safely"),
     "env": (_env, "what was found on this machine, and what will run"),

@@ -14,7 +14,7 @@ from .accelerate import accelerate
 from .altered import UNALTERED, Altered
 from .attacks import AttackConfig
 from .caching import Cached
-from .cli import DefendConfig, EvaluateConfig, SampleConfig, device
+from .cli import AuditConfig, DefendConfig, EvaluateConfig, SampleConfig, device
 from .config import claim, from_json, to_json
 from .data import Images, load
 from .distributed import Ranks, join
@@ -86,7 +86,7 @@ class Model:
         return from_json(AttackConfig, self.train.get("attack", {}))
 
     def table(
-        self, said: SampleConfig | EvaluateConfig | DefendConfig, task: Task = NO_TASK
+        self, said: SampleConfig | EvaluateConfig | DefendConfig | AuditConfig, task: Task = NO_TASK
     ) -> tuple[Table, dict[str, Any]]:
         """The sampler it was made for, with what the user said instead, and its description; from where a task starts.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from . import checkpoint, pictures
-from .cli import DefendConfig
+from .cli import AuditConfig, DefendConfig
 from .commands import Model
 from .config import to_json
 from .defenses import DEFENSES, Calibration, Finding, Subject
@@ -18,13 +18,18 @@ from .schedule import Schedule
 FEATURES = ("digits", "pixels")
 
 
-def subject_of(config: DefendConfig) -> tuple[Model, Subject]:
+def subject_of(config: DefendConfig | AuditConfig, steps: int | None = None) -> tuple[Model, Subject]:
     """The checkpoint, and what a defense is told of it.
+
+    Args:
+        steps: Of the sampler, where neither the user nor the checkpoint says.
 
     Raises:
         UserError: As `Model.load` and `Model.table`, or unknown features.
     """
     model = Model.load(config.checkpoint)
+    if config.steps is None and "sampler" not in model.train:
+        config = replace(config, steps=steps)
     table, _ = model.table(config)
     features = config.features or ("digits" if model.train.get("data") == "digits" else "pixels")
     if features not in FEATURES:

@@ -1,0 +1,176 @@
+"""What ``bdengine audit`` and ``bdengine calibrate`` do."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from string import Template
+from typing import Any, Final
+
+from torch import Tensor
+from tqdm import tqdm
+
+from . import checkpoint, markup, pictures
+from .arms import Arm
+from .audit import audit as audited
+from .audit import examine, settings_of, stages_of
+from .cli import AuditConfig, CalibrateConfig, DefendConfig
+from .commands import Model
+from .config import claim, to_json
+from .defend import examined, subject_of
+from .defenses import DEFENSES, Calibration, Finding, Subject
+from .errors import UserError, unknown
+from .files import read_json, write_atomic, write_json
+from .shipped import ASSETS
+
+AUDIT: Final = "audit"
+STEPS: Final = 20
+"""Of the sampler where neither the user nor the checkpoint says."""
+EXIT: Final = {"no evidence": 0, "backdoored": 1, "undecided": 3}
+"""Exit codes; 2 is a mistake's."""
+SHOWN: Final = 16
+SENTENCES: Final = {
+    "backdoored": "This model has a backdoor.",
+    "no evidence": "No evidence of a backdoor.",
+    "undecided": "Undecided.",
+}
+
+
+def packaged(subject: Subject) -> Calibration | None:
+    """The calibration in the package whose models are of the subject's family and were examined alike; None without one."""
+    settings = to_json(settings_of(subject))
+    known = (Calibration.load(path) for path in sorted((ASSETS / "calibration").glob("audit-*.json")))
+    return next((one for one in known if one.settings == settings), None)
+
+
+def audit(config: AuditConfig) -> int:
+    """Run ``bdengine audit``; returns `EXIT` of the verdict."""
+    given = None if config.calibration is None else Calibration.load(config.calibration)
+    model, subject = subject_of(config, STEPS)
+    calibration = given or packaged(subject)
+    names, finding = stages_of(subject), None
+    with tqdm(total=len(names), unit="stage", desc=names[0]) as bar:
+        for finding in audited(subject, calibration, config.alpha):
+            bar.update()
+            done = len(finding.details["stages"])
+            bar.set_description(names[done] if done < len(names) else "done")
+    if finding is None:
+        raise UserError("the audit has no stages for this model: expected at least one")
+    if calibration is None:
+        reason = f"no clean models of its family are known ({settings_of(subject)['family']}): see bdengine calibrate"
+        finding = replace(finding, details=finding.details | {"reason": reason})
+    run = {name: value for name, value in to_json(config).items() if name != "out"}
+    described = {"run": run | {"weights_sha256": checkpoint.digest(model.network.state_dict())}}
+    write_json(config.out / "audit.json", finding.to_json() | described)
+    own = model.shown(subject.images(Arm(subject.table), SHOWN))
+    write_atomic(config.out / "report.html", page(config, finding, model, own))
+    if finding.trigger is not None:
+        checkpoint.write_safetensors(config.out / "trigger.safetensors", {"trigger": finding.trigger}, {})
+    print(f"{finding.verdict}: {sentence(finding)}")
+    print(f"{finding.evaluations:,} images through the network in {finding.seconds:.1f} s")
+    print(f"open {config.out / 'report.html'} (and audit.json beside it)")
+    return EXIT[finding.verdict]
+
+
+def sentence(finding: Finding) -> str:
+    """What was seen, and how sure it is."""
+    best = next(stage for stage in finding.details["stages"] if stage["defense"] == finding.details["stage"])
+    seen = (
+        f"{best['copies']} of {best['images']} images from the shift that opens most are one image ({best['defense']})"
+    )
+    if finding.verdict == "undecided":
+        return f"{seen}; undecided since {finding.details['reason']}"
+    limit = f"clean models of the family: at most {finding.details['p0']:.1%}"
+    return f"{seen}; {limit}; p = {finding.p_value:.2g}"
+
+
+def page(config: AuditConfig, finding: Finding, model: Model, own: Tensor) -> str:
+    """report.html; ``own`` are the model's images from plain noise, float [N, C, H, W] in [-1, 1]."""
+    made = None if finding.images is None else model.shown(finding.images)[1 : 1 + SHOWN]
+    marks = "" if finding.trigger is None else markup.mark(finding.trigger.clamp(-1, 1), "shift")
+    if finding.images is not None:
+        marks += markup.mark(model.shown(finding.images)[0], "what it makes")
+    rows = {"from plain noise": own} | ({} if made is None else {"from the shift": made})
+    command = ["bdengine", "audit", config.checkpoint, "--out", str(config.out)]
+    return Template((ASSETS / "audit.html").read_text("utf-8")).substitute(
+        style=markup.STYLE.read_text("utf-8"),
+        title=markup.text(f"Audit of {config.checkpoint}"),
+        verdict=markup.text(SENTENCES[finding.verdict]),
+        sentence=markup.text(sentence(finding)),
+        marks=marks,
+        facts="".join(f"<div><dt>{markup.text(k)}</dt><dd>{markup.text(v)}</dd></div>" for k, v in _facts(finding)),
+        samples="".join(_row(name, images) for name, images in rows.items()),
+        stages=markup.scroll("Stages", _stages(finding)),
+        command=markup.text(shlex.join(command)),
+    )
+
+
+def _facts(finding: Finding) -> list[tuple[str, str]]:
+    details = finding.details
+    facts = [("family", details["settings"]["family"]), ("sampler", details["settings"]["sampler"])]
+    if "alpha" in details:
+        facts += [
+            ("false alarms", f"at most {details['alpha']:g}"),
+            ("clean models make copies", f"in {details['p0']:.1%}"),
+        ]
+    return [*facts, ("network evaluations", f"{finding.evaluations:,}"), ("seconds", f"{finding.seconds:.1f}")]
+
+
+def _row(name: str, images: Tensor) -> str:
+    strip = markup.image(pictures.grid(images, columns=len(images), scale=3), f"{len(images)} samples {name}")
+    return f'<figure style="--n:{len(images)}"><figcaption><b>{name}</b></figcaption>{strip}</figure>'
+
+
+def _stages(finding: Finding) -> str:
+    head = "".join(f'<th scope="col">{name}</th>' for name in ("stage", "arms", "copies", "evaluations", "seconds"))
+    rows = "".join(
+        f'<tr><th scope="row">{markup.text(s["defense"])}</th><td>{s["arms"]}</td><td>{s["copies"]} of {s["images"]}</td>'
+        f"<td>{s['evaluations']:,}</td><td>{s['seconds']:.1f}</td></tr>"
+        for s in finding.details["stages"]
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def examiner(config: CalibrateConfig) -> Callable[[str], Finding]:
+    """What examines one checkpoint for a calibration.
+
+    Raises:
+        UserError: An unknown defense, or one that detects nothing.
+    """
+    if config.defense == AUDIT:
+        return lambda name: examine(subject_of(AuditConfig(name, config.out), STEPS)[1])
+    detectors = [AUDIT, *(name for name, defense in DEFENSES.items() if defense.detects)]
+    if config.defense not in detectors:
+        raise unknown("defense", config.defense, detectors)
+    return lambda name: examined(DefendConfig(name, config.out, config.defense, config.variant))[1]
+
+
+def calibrate(config: CalibrateConfig) -> int:
+    """Run ``bdengine calibrate``."""
+    if not config.checkpoints:
+        raise UserError("no checkpoints were given: expected clean models of one family")
+    look, run = examiner(config), {"defense": config.defense, "variant": config.variant}
+    claim(config.out / "run.json", run | {"checkpoints": list(config.checkpoints)}, ["checkpoints"])
+    found = []
+    for name in tqdm(config.checkpoints, unit="model"):
+        path = config.out / f"{Path(name).resolve().as_posix().strip('/').replace('/', '-')}.json"
+        if not path.exists():
+            write_json(path, look(name).to_json())
+        found.append(finding_at(path))
+    calibration = Calibration.of(found)
+    calibration.save(config.out / "calibration.json")
+    greatest = max(calibration.statistics)
+    print(f"{len(found)} models, statistic at most {greatest:.6g}; wrote {config.out / 'calibration.json'}")
+    return 0
+
+
+def finding_at(path: Path) -> Finding:
+    """A finding that was written without its pictures.
+
+    Raises:
+        UserError: No such file, or another one.
+    """
+    values: dict[str, Any] = read_json(path)
+    return Finding(**values, trigger=None, images=None)
