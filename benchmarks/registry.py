@@ -8,12 +8,13 @@ from typing import Final
 
 import torch
 
-from . import loop, train_step
+from . import loop, pipeline, train_step
 from .bench import Provider, Shape
 from .capture import SHAPE, STEPS, sampling_loop
 from .loop import whole_loop
 from .network import NETWORKS, network, network_training
 from .normal import normal, normal_bytes
+from .pipeline import measurement
 from .samplers import STOCK, sampler_step, sampler_step_bytes
 from .step import fused_step, fused_step_bytes
 from .train_step import training_step
@@ -30,10 +31,14 @@ LOOP_OPS: Final = {f"capture/{steps}": partial(sampling_loop, steps) for steps i
 NETWORK_OPS: Final[dict[str, Build]] = {"network/forward": network, "network/training": network_training}
 """Whole networks, which ``network`` is short for."""
 
-WHOLE_OPS: Final[dict[str, Build]] = {"loop": whole_loop, "train": training_step}
+WHOLE_OPS: Final[dict[str, Build]] = {"loop": whole_loop, "train": training_step, "pipeline": measurement}
 """What a user waits for, which ``whole`` is short for."""
 
-WHOLE_SHAPES: Final[dict[str, tuple[Shape, ...]]] = {"loop": loop.SHAPES, "train": train_step.SHAPES}
+WHOLE_SHAPES: Final[dict[str, tuple[Shape, ...]]] = {
+    "loop": loop.SHAPES,
+    "train": train_step.SHAPES,
+    "pipeline": pipeline.SHAPES,
+}
 """At which it is measured."""
 
 IN_IMAGES: Final[dict[str, Build]] = {**LOOP_OPS, **WHOLE_OPS}

@@ -51,8 +51,11 @@ def of_row(flat: Mapping[str, Any]) -> Row:
 
 
 def images_per_second(count: int, timings: Mapping[str, Timing]) -> dict[str, dict[str, float]]:
-    """Of loops that make ``count`` images a call, by provider."""
-    return {provider: {PER_SECOND: round(count / timing.median, 1)} for provider, timing in timings.items()}
+    """Of calls that each make, or take, ``count`` images, by provider; and the seconds of a call."""
+    return {
+        provider: {"seconds": round(timing.median, 5), PER_SECOND: round(count / timing.median, 1)}
+        for provider, timing in timings.items()
+    }
 
 
 def shares(name: str, providers: Mapping[str, Provider], taken: Mapping[str, Timing]) -> dict[str, float]:
