@@ -46,10 +46,10 @@ CHECKED: Final = 4
 """Samples of a batch that are held against float64."""
 
 
-def pipeline(unet: Any) -> Any:
-    """Stock's, on our grid."""
+def pipeline(unet: Any, clip: bool = False) -> Any:
+    """Stock's, on our grid, with its x0 clipped or not."""
     config = load_scheduler_config(find(CHECKPOINT))
-    made: Any = DDPMPipeline(unet, DDPMScheduler.from_config(config, timestep_spacing="trailing"))
+    made: Any = DDPMPipeline(unet, DDPMScheduler.from_config(config, timestep_spacing="trailing", clip_sample=clip))
     made.set_progress_bar_config(disable=True)
     return made
 

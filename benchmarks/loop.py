@@ -1,10 +1,10 @@
 """A whole sampling loop as a user has it: `Sampler` on the accelerated UNet against diffusers' pipeline on the stock one.
 
-    x_T = eps      for each t of the trailing grid:  x = p x + q unet(x, t) + z eps
+    x_T = eps      for each t of the trailing grid:  x0 = clamp((x - s unet(x, t)) / a, -1, 1)      x = p x + q x0 + z eps
 
-``diffusers`` is `DDPMPipeline`, ``torch`` the loop by hand with its coefficients ready-made and its UNet in channels-last,
-``compile`` that with the UNet under ``torch.compile``; all have the same random weights. The gate is a loop of stock's in
-float64 with our noise, which every row is given.
+``diffusers`` is `DDPMPipeline`, ``torch`` the loop by hand with its UNet in channels-last, ``compile`` that with the UNet under
+``torch.compile``. All have the same random weights, under which only the clip keeps ``x`` from growing 157 times. The gate is
+stock's loop in float64 with our noise, which every row is given.
 
 The share is that of the same loop with an output that is there already in place of the UNet: steps, noise and the loop's own
 cost. The ceiling is the accelerated UNet alone, as often as a loop evaluates it. The process keeps freed memory, as in
@@ -43,7 +43,7 @@ Draw = Callable[[], Tensor]
 
 
 def steps_of(shape: Shape) -> int:
-    """Of the loop: few where the UNet is large."""
+    """Of the loop: few where the UNet is large; divisors of 1,000."""
     return FEW if shape[3] >= 32 else MANY
 
 
@@ -51,18 +51,20 @@ def steps_of(shape: Shape) -> int:
 def truth(shape: Shape) -> Tensor:
     """The first images of stock's loop in float64."""
     with our_noise(seeds_of(CHECKED)):
-        return run_pipeline(pipeline(Networks(shape, False, HOST).unet(dtype=torch.float64)), CHECKED, steps_of(shape))
+        return run_pipeline(
+            pipeline(Networks(shape, False, HOST).unet(dtype=torch.float64), clip=True), CHECKED, steps_of(shape)
+        )
 
 
 def by_hand(net: Form, steps: int, draw: Draw) -> Tensor:
-    """The formula, with the posterior's variance ``z^2 = (1 - a'_t') / (1 - a'_t) (1 - a_t)``, none at the last step."""
+    """The formula, with the posterior's mean and variance; no noise at the last step."""
     alpha_bar, x = linear().alpha_bar, draw()
     for k in range(steps):
-        t = round(1000 - k * 1000 / steps) - 1
+        t = 999 - k * 1000 // steps
         bar, before = float(alpha_bar[t]), float(alpha_bar[t - 1000 // steps]) if k < steps - 1 else 1.0
         alpha = bar / before
-        m = net(x, torch.tensor(t))
-        x = (x - (1 - alpha) / (1 - bar) ** 0.5 * m).mul_(alpha**-0.5)
+        x0 = (x - (1 - bar) ** 0.5 * net(x, torch.tensor(t))).mul_(bar**-0.5).clamp_(-1, 1)
+        x = x0.mul_(before**0.5 * (1 - alpha) / (1 - bar)).add_(x, alpha=alpha**0.5 * (1 - before) / (1 - bar))
         if k < steps - 1:
             x.add_(draw(), alpha=((1 - before) / (1 - bar) * (1 - alpha)) ** 0.5)
     return x
@@ -91,11 +93,11 @@ def whole_loop(shape: Shape, device: torch.device = HOST) -> dict[str, Provider]
     seeds, arm = seeds_of(shape[0]).to(device), torch.zeros(shape[0], dtype=torch.int64, device=device)
     generator = torch.Generator(device).manual_seed(0)
     m = torch.randn(shape).to(device, memory_format=torch.channels_last)
-    table = SamplerConfig("ddpm", steps).table(linear())
+    table = SamplerConfig("ddpm", steps).table(linear()).clipped("x0")
     contiguous, stock, fast = of.unet(torch.contiguous_format), of.unet(), accelerate(of.unet())
 
     def theirs() -> Provider:
-        made, free = pipeline(contiguous), pipeline(answering(contiguous, m))
+        made, free = (pipeline(net, clip=True) for net in (contiguous, answering(contiguous, m)))
 
         def check() -> None:
             with our_noise(seeds):
