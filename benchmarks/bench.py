@@ -80,7 +80,7 @@ def seeds_of(count: int) -> Tensor:
     return torch.from_numpy(sample_seeds(0, np.arange(count)))
 
 
-def in_full(run: Callable[[], Tensor]) -> Tensor:
+def in_full(run: Callable[[], Result]) -> Result:
     """Its result without TF32, which torch allows in convolutions on a GPU and which leaves 10 bits of each factor."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         return run()

@@ -53,7 +53,7 @@ def of_row(flat: Mapping[str, Any]) -> Row:
 def images_per_second(count: int, timings: Mapping[str, Timing]) -> dict[str, dict[str, float]]:
     """Of calls that each make, or take, ``count`` images, by provider; and the seconds of a call."""
     return {
-        provider: {"seconds": round(timing.median, 5), PER_SECOND: round(count / timing.median, 1)}
+        provider: {"seconds": round(timing.median, 5), PER_SECOND: float(f"{count / timing.median:.4g}")}
         for provider, timing in timings.items()
     }
 

@@ -7,7 +7,8 @@ does, noise from the CPU's generator, coefficients anew at each step, the stock 
 logs, its progress bar and the arrow table under its images are left out. Its loader runs in this process: where cores are
 free, workers could save it at most its share of input. ``torch`` is a loop by hand: bytes that stay in memory, one gather a
 batch, tables made once, the stock UNet in channels-last, fused Adam. It and ours also keep the moving average of the weights,
-which the published loop has not. None is compiled: see ``network.py``.
+which the published loop has not. ``cpu+graph`` is ours with its UNet under ``torch.compile``; why stock has no such row is in
+``network.py``.
 
 The gate is the clipped gradient of a batch, each row's own, against stock's in float64. The share is that of the step's
 input: which images, their bytes, noise and ``x_t``. The ceiling is the accelerated UNet's gradient alone.
@@ -42,7 +43,7 @@ from bdengine.solvers import SamplerConfig
 from bdengine.train import TrainConfig, Trainer
 from bdkernels import STREAM_TRAINING, Noising
 
-from .bench import CEILING, HOST, REFERENCE, Provider, Shape, in_full, ours
+from .bench import CEILING, CPU_GRAPH, HOST, REFERENCE, Provider, Shape, in_full, ours
 from .network import LARGEST_ERROR, Networks
 from .training import published, rows
 
@@ -232,6 +233,16 @@ def trainer_of(shape: Shape, device: torch.device) -> Trainer:
     )
 
 
+def our_inputs(trainer: Trainer) -> Tensor:
+    """What `Trainer.step` does before the network: ``x_t``."""
+    planned = trainer.plan.batch(trainer.images_seen, trainer.config.batch)
+    for buffer, value in zip(vars(trainer.batch).values(), vars(planned).values(), strict=True):
+        buffer.copy_(value)
+    image, seed, t, arm, flip, _ = vars(trainer.batch).values()
+    pictures: dict[str, Any] = {"trigger": trainer.stamp, "mask": trainer.mask, "target": trainer.target}
+    return bdkernels.fused_noising(trainer.pixels[image], t, arm, seed, trainer.table, flip=flip, **pictures)
+
+
 def training_step(shape: Shape, device: torch.device = HOST) -> dict[str, Provider]:
     """The providers of a step with a batch of ``shape``."""
     keep_freed()
@@ -246,24 +257,23 @@ def training_step(shape: Shape, device: torch.device = HOST) -> dict[str, Provid
 
         return Provider(peer.step, check, share=("input_share", peer.inputs))
 
-    def check_ours() -> None:
-        assert trainer.gradient is not None
-        trainer.gradient()
-        check_gradient(trainer, trainer.network, *given_to(trainer))
+    def fused(made: Trainer) -> Provider:
+        def check() -> None:
+            assert made.gradient is not None
+            in_full(made.gradient)
+            check_gradient(made, made.network, *given_to(made))
 
-    def inputs() -> Tensor:
-        planned = trainer.plan.batch(trainer.images_seen, count)
-        for buffer, value in zip(vars(trainer.batch).values(), vars(planned).values(), strict=True):
-            buffer.copy_(value)
-        image, seed, t, arm, flip, _ = vars(trainer.batch).values()
-        pictures: dict[str, Any] = {"trigger": trainer.stamp, "mask": trainer.mask, "target": trainer.target}
-        return bdkernels.fused_noising(trainer.pixels[image], t, arm, seed, trainer.table, flip=flip, **pictures)
+        return Provider(made.step, check, share=("input_share", lambda: our_inputs(made)))
 
+    compiled_too: dict[str, Provider] = {}
+    if device.type == "cpu":
+        other = trainer_of(shape, device)
+        other.network.compile(dynamic=False, fullgraph=True)
+        compiled_too[CPU_GRAPH] = fused(other)
     return {
         "diffusers": theirs(published_loop(of.unet(torch.contiguous_format), trainer, count)),
         "torch": theirs(loop_by_hand(of.unet(), trainer, count)),
-        **dict.fromkeys(
-            ours(device) or (REFERENCE,), Provider(trainer.step, check_ours, share=("input_share", inputs))
-        ),
+        **dict.fromkeys(ours(device) or (REFERENCE,), fused(trainer)),
+        **compiled_too,
         CEILING: Provider(of.run(accelerate(of.unet()))),
     }

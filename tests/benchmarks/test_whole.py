@@ -133,3 +133,9 @@ def test_a_network_that_answers_at_once_leaves_the_other_as_it_was() -> None:
     before = answers(net, m)
     assert answers(loop.answering(net, m), m) is m
     assert torch.equal(answers(net, m), before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("op", "provider"), [("loop", "compile"), ("train", "cpu+graph")])
+def test_compiled_rows_pass_their_gates(op: str, provider: str) -> None:
+    WHOLE_OPS[op]((4, 1, 16, 16), HOST)[provider].check()
