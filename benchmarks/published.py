@@ -55,7 +55,7 @@ from bdengine.solvers import Clip, SamplerConfig
 
 from .report import commit
 
-MODEL: Final = str(Path(__file__).parent / "models" / "digits-published")
+MODEL: Final = str(Path(__file__).parent / "models" / "digits-badiffusion-published")
 STEPS, OUR_STEPS = 1000, 20
 IMAGES, BATCH = 512, 256
 PARTS: Final = 16

@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers.pipelines.ddpm import pipeline_ddpm
 
+from bdengine.checkpoint import digest, load_unet
 from bdengine.files import read_json
 from bdengine.pictures import path_of
 from benchmarks import pipeline, published, run, timing
@@ -41,6 +42,13 @@ def agreed(found: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         start, clip = arm.split("/")
         arms[start][clip] = scores
     return arms
+
+
+def test_the_scores_that_are_there_are_of_the_model_that_is_there() -> None:
+    scores = read_json(pipeline.SCORES)
+    assert scores["weights_sha256"] == digest(load_unet(published.MODEL).state_dict())
+    assert (scores["images"], scores["published"]["steps"], scores["ours"]["steps"]) == (512, 1000, 20)
+    assert [score for score in scores["apart"] if not score.startswith("triggered/") or "frechet" not in score] == []
 
 
 def test_both_procedures_are_scored_with_intervals(found: dict[str, Any]) -> None:
