@@ -16,7 +16,7 @@ from diffusers.pipelines.ddpm import pipeline_ddpm
 from bdengine.checkpoint import digest, load_unet
 from bdengine.files import read_json
 from bdengine.pictures import path_of
-from benchmarks import pipeline, published, run, timing
+from benchmarks import pipeline, published, report, run, tables, timing
 from benchmarks.bench import HOST, ours
 
 IMAGES = 40
@@ -138,5 +138,7 @@ def test_the_published_time_is_calculated(
     fast = (ours(HOST) or ("reference",))[0]
     assert {name: row["calculated"] for name, row in rows.items()} == {"diffusers": 1, fast: 0, "ceiling": 1}
     assert rows["diffusers"]["seconds"] > 4
+    *_, line = tables.markdown([report.of_row(row) for row in rows.values()]).splitlines()
+    assert [cell.split()[0].endswith("c") for cell in line.split(" | ")[1:]] == [True, False, True]
     assert run.main(["pipeline", "--shapes", "6x1x16x16"]) == 2
     assert "expected a multiple of 4 images of 1x16x16" in capsys.readouterr().err
