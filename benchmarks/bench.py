@@ -52,6 +52,8 @@ class Provider:
         cycle: Calls after which it is back where it began, 1 where all calls are alike.
         steps: Network evaluations of a call, over which the host's share of it is divided.
         queued: Does it once without reading a result back; None where ``run`` reads none.
+        whole: Seconds of the op from those of ``run``, where that does a part of it; such a time is calculated.
+        share: A column's name and what does a part of ``run`` alone: the column is its share of the time.
     """
 
     run: Callable[[], object]
@@ -59,6 +61,8 @@ class Provider:
     cycle: int = 1
     steps: int = 1
     queued: Callable[[], object] | None = None
+    whole: Callable[[float], float] | None = None
+    share: tuple[str, Callable[[], object]] | None = None
 
 
 def ours(device: torch.device) -> tuple[str, ...]:
@@ -76,7 +80,7 @@ def seeds_of(count: int) -> Tensor:
     return torch.from_numpy(sample_seeds(0, np.arange(count)))
 
 
-def in_full(run: Callable[[], Tensor]) -> Tensor:
+def in_full(run: Callable[[], Result]) -> Result:
     """Its result without TF32, which torch allows in convolutions on a GPU and which leaves 10 bits of each factor."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         return run()

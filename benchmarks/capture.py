@@ -46,10 +46,10 @@ CHECKED: Final = 4
 """Samples of a batch that are held against float64."""
 
 
-def pipeline(unet: Any) -> Any:
-    """Stock's, on our grid."""
+def pipeline(unet: Any, clip: bool = False) -> Any:
+    """Stock's, on our grid, with its x0 clipped or not."""
     config = load_scheduler_config(find(CHECKPOINT))
-    made: Any = DDPMPipeline(unet, DDPMScheduler.from_config(config, timestep_spacing="trailing"))
+    made: Any = DDPMPipeline(unet, DDPMScheduler.from_config(config, timestep_spacing="trailing", clip_sample=clip))
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -87,14 +87,13 @@ def truth(steps: int) -> Tensor:
         return run_pipeline(pipeline(load_unet(find(CHECKPOINT)).double()), CHECKED, steps)
 
 
-def check_images(steps: int, run: Callable[[], Tensor]) -> None:
-    """The first images of a batch, in [0, 1], against `truth`.
+def check_images(expected: Tensor, run: Callable[[], Tensor]) -> None:
+    """The first images of a batch, in [0, 1], against the ``expected`` ones, float64.
 
     Raises:
         AssertionError: They are further off than `bench.PEER_TOLERANCE`.
     """
     images = in_full(run)
-    expected = truth(steps)
     assert_close(f"the worst of {CHECKED} images", images[: len(expected)].to(expected.device), expected[: len(images)])
 
 
@@ -131,7 +130,7 @@ def sampling_loop(steps: int, shape: Shape, device: torch.device) -> dict[str, P
     def theirs(made: Any) -> Provider:
         def check() -> None:
             with our_noise(seeds):
-                check_images(steps, lambda: run_pipeline(made, count, steps))
+                check_images(truth(steps), lambda: run_pipeline(made, count, steps))
 
         return Provider(lambda: run_pipeline(made, count, steps, generator), check, steps=steps)
 
@@ -146,7 +145,7 @@ def sampling_loop(steps: int, shape: Shape, device: torch.device) -> dict[str, P
     eager = sampler()
 
     def check_eager() -> None:
-        check_images(steps, lambda: in_unit_range(eager.batch(arm, seeds)))
+        check_images(truth(steps), lambda: in_unit_range(eager.batch(arm, seeds)))
 
     @torch.inference_mode()
     def alone() -> None:

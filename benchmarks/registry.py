@@ -8,12 +8,16 @@ from typing import Final
 
 import torch
 
+from . import loop, pipeline, train_step
 from .bench import Provider, Shape
 from .capture import SHAPE, STEPS, sampling_loop
+from .loop import whole_loop
 from .network import NETWORKS, network, network_training
 from .normal import normal, normal_bytes
+from .pipeline import measurement
 from .samplers import STOCK, sampler_step, sampler_step_bytes
 from .step import fused_step, fused_step_bytes
+from .train_step import training_step
 from .training import fused_loss, fused_loss_bytes, fused_noising, fused_noising_bytes
 
 Build = Callable[[Shape, torch.device], dict[str, Provider]]
@@ -27,6 +31,19 @@ LOOP_OPS: Final = {f"capture/{steps}": partial(sampling_loop, steps) for steps i
 NETWORK_OPS: Final[dict[str, Build]] = {"network/forward": network, "network/training": network_training}
 """Whole networks, which ``network`` is short for."""
 
+WHOLE_OPS: Final[dict[str, Build]] = {"loop": whole_loop, "train": training_step, "pipeline": measurement}
+"""What a user waits for, which ``whole`` is short for."""
+
+WHOLE_SHAPES: Final[dict[str, tuple[Shape, ...]]] = {
+    "loop": loop.SHAPES,
+    "train": train_step.SHAPES,
+    "pipeline": pipeline.SHAPES,
+}
+"""At which it is measured."""
+
+IN_IMAGES: Final[dict[str, Build]] = {**LOOP_OPS, **WHOLE_OPS}
+"""Told in images a second."""
+
 OPS: Final[dict[str, Build]] = {
     "fused_step": fused_step,
     "fused_noising": fused_noising,
@@ -36,10 +53,15 @@ OPS: Final[dict[str, Build]] = {
 }
 """Measured where no op is named."""
 
-EVERY_OP: Final[dict[str, Build]] = {**OPS, **NETWORK_OPS, **LOOP_OPS}
+EVERY_OP: Final[dict[str, Build]] = {**OPS, **NETWORK_OPS, **IN_IMAGES}
 """With those that are measured where they are asked for."""
 
-SHORT: Final = {"samplers": list(SAMPLER_OPS), "network": list(NETWORK_OPS), "capture": list(LOOP_OPS)}
+SHORT: Final = {
+    "samplers": list(SAMPLER_OPS),
+    "network": list(NETWORK_OPS),
+    "capture": list(LOOP_OPS),
+    "whole": list(WHOLE_OPS),
+}
 """What a word for several ops stands for."""
 
 BYTES: Final[dict[str, Callable[[Shape], float]]] = {
@@ -61,4 +83,6 @@ def shapes(op: str) -> tuple[Shape, ...]:
         return NETWORKS
     if op in LOOP_OPS:
         return (SHAPE,)
+    if op in WHOLE_OPS:
+        return WHOLE_SHAPES[op]
     return tuple((n, 3, 32, 32) for n in ((1, 16, 256, 1024) if op in SAMPLER_OPS else (256, 1024)))

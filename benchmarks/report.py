@@ -7,20 +7,24 @@ import os
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from bdkernels import env
 from bdkernels.backends import missing
 
-from .bench import CEILING, COPY, CPU, FUSED, OURS, PEERS, REFERENCE, Shape
+from .bench import CEILING, COPY, CPU, FUSED, OURS, PEERS, REFERENCE, Provider, Shape
 from .device import Device
 from .timing import Timing
+
+PART: Final = ", a part"
+"""Beside a provider's name, what its share is of."""
+PER_SECOND: Final = "images_per_s"
 
 
 @dataclass(frozen=True)
@@ -42,9 +46,29 @@ class Row:
     more: Mapping[str, float] = field(default_factory=dict)
 
 
+def of_row(flat: Mapping[str, Any]) -> Row:
+    """A row of a result file, whose further columns stand beside the others."""
+    own = {one.name for one in fields(Row)} - {"more"}
+    return Row(**{k: v for k, v in flat.items() if k in own}, more={k: v for k, v in flat.items() if k not in own})
+
+
 def images_per_second(count: int, timings: Mapping[str, Timing]) -> dict[str, dict[str, float]]:
-    """Of loops that make ``count`` images a call, by provider."""
-    return {provider: {"images_per_s": round(count / timing.median, 1)} for provider, timing in timings.items()}
+    """Of calls that each make, or take, ``count`` images, by provider; and the seconds of a call."""
+    return {
+        provider: {"seconds": round(timing.median, 5), PER_SECOND: float(f"{count / timing.median:.4g}")}
+        for provider, timing in timings.items()
+    }
+
+
+def shares(name: str, providers: Mapping[str, Provider], taken: Mapping[str, Timing]) -> dict[str, float]:
+    """A provider's columns beside its speed: the share of a part of it, and 1 where its time is calculated.
+
+    The same columns for all of an op's providers, 0 where there is no such part.
+    """
+    named = {p.share[0] for p in providers.values() if p.share}
+    part = round(taken[name + PART].median / taken[name].median, 4) if name + PART in taken else 0.0
+    calculated = {"calculated": float(providers[name].whole is not None)}
+    return dict.fromkeys(named, part) | (calculated if any(p.whole for p in providers.values()) else {})
 
 
 def traffic(moved: float, timings: Mapping[str, Timing]) -> dict[str, dict[str, float]]:

@@ -5,6 +5,7 @@
     python -m benchmarks.run samplers
     python -m benchmarks.run --device cuda --trace trace.json
     python -m benchmarks.run capture --device cuda
+    python -m benchmarks.run whole
 
 Each op's correctness gate runs first: ours against the reference bit for bit, every other provider against float64
 truth; the samplers' whole loops against stock's in float64. A red gate prints no numbers, writes no file and exits
@@ -31,8 +32,8 @@ from .bench import CEILING, OURS, PROVIDERS, Provider, Shape, backend_of
 from .compare import compare
 from .device import Device
 from .ranges import Trace, repeat
-from .registry import BYTES, EVERY_OP, LOOP_OPS, OPS, SAMPLER_OPS, SHORT, shapes
-from .report import Row, document, images_per_second, rows, summary, table, traffic
+from .registry import BYTES, EVERY_OP, IN_IMAGES, OPS, SAMPLER_OPS, SHORT, shapes
+from .report import PART, Row, document, images_per_second, rows, shares, summary, table, traffic
 from .timing import interleaved
 
 LEAST_REPEATS = 7
@@ -102,12 +103,20 @@ def measure(
     """Times one op at one shape."""
     moved = BYTES[op](shape) if op in BYTES else 0
     everything = {**providers, **on.copy(moved)} if moved else providers
-    runs, cycle = {name: p.run for name, p in everything.items()}, providers[CEILING].cycle
-    timings = interleaved(runs, repeats, cycle, clock=on.seconds, within=backend_of)
-    speed = images_per_second(shape[0], timings) if op in LOOP_OPS else traffic(moved, timings)
+    runs = {name: p.run for name, p in everything.items()}
+    parts = {name + PART: p.share[1] for name, p in everything.items() if p.share}
+    taken = interleaved(
+        runs | parts,
+        repeats,
+        providers[CEILING].cycle,
+        clock=on.seconds,
+        within=lambda name: backend_of(name.removesuffix(PART)),
+    )
+    timings = {name: taken[name].of(p.whole) if p.whole else taken[name] for name, p in everything.items()}
+    speed = images_per_second(shape[0], timings) if op in IN_IMAGES else traffic(moved, timings)
     for name, provider in everything.items():
         with backend_of(name):
-            speed[name] |= on.host(provider)
+            speed[name] |= shares(name, everything, taken) | on.host(provider)
     return rows(op, shape, threads, timings, speed)
 
 
@@ -139,7 +148,7 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
         "ops",
         nargs="*",
         metavar="OP",
-        help=f"{', '.join([*EVERY_OP, *SHORT])}; without any, all but network and capture",
+        help=f"{', '.join([*EVERY_OP, *SHORT])}; without any, all but network, capture and whole",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows and the machine to FILE")
     parser.add_argument("--device", default="cpu", metavar="NAME", help=f"{' or '.join(device.DEVICES)} (%(default)s)")

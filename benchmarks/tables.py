@@ -3,7 +3,8 @@
     python -m benchmarks.tables
 
 A table stands between ``<!-- results: FILE -->`` and ``<!-- end -->``: a line an op and shape, a column a provider, ns per
-element, and in brackets its time relative to ours. A file of ``benchmarks.scale`` makes a line an axis.
+element, or images a second of ops that are told so, and in brackets its time relative to ours; calculated ones have a c.
+A file of ``benchmarks.scale`` makes a line an axis.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from bdengine.errors import UserError
 from bdengine.files import read_json, write_atomic
 
 from .bench import PROVIDERS
-from .report import Row, fastest
+from .report import PER_SECOND, Row, fastest, of_row
 from .scale import Growth
 
 ROOT: Final = Path(__file__).parents[1]
@@ -29,7 +30,8 @@ _BLOCK: Final = re.compile(r"(<!-- results: (?P<file>\S+) -->\n).*?(<!-- end -->
 def markdown(measured: Sequence[Row]) -> str:
     """The table of ``measured``, with ours in bold."""
     names = [name for name in PROVIDERS if any(row.provider == name for row in measured)]
-    lines = [f"| op, float32 | {' | '.join(names)} |", f"| --- |{' ---: |' * len(names)}"]
+    unit = f", {PER_SECOND.replace('_per_', '/')}" if any(PER_SECOND in row.more for row in measured) else ""
+    lines = [f"| op, float32{unit} | {' | '.join(names)} |", f"| --- |{' ---: |' * len(names)}"]
     for op, shape in dict.fromkeys((row.op, tuple(row.shape)) for row in measured):
         here = {row.provider: row for row in measured if (row.op, tuple(row.shape)) == (op, shape)}
         ours = fastest([*here.values()])
@@ -42,10 +44,14 @@ def markdown(measured: Sequence[Row]) -> str:
 
 def _cell(row: Row, ours: Row) -> str:
     digits = 2 if ours.ns_per_element < 100 else 0
+    speed = row.more.get(PER_SECOND)
+    text = f"{row.ns_per_element:.{digits}f}" if speed is None else f"{speed:.3g}" if speed < 1000 else f"{speed:.0f}"
+    if row.more.get("calculated"):
+        text += "c"
     if row is ours:
-        return f"**{row.ns_per_element:.{digits}f}**"
+        return f"**{text}**"
     ratio = row.ns_per_element / ours.ns_per_element
-    return f"{row.ns_per_element:.{digits}f} ({ratio:.{1 if digits else 2}f}x)"
+    return f"{text} ({ratio:.{1 if digits else 2}f}x)"
 
 
 def curves(grown: Sequence[Growth]) -> str:
@@ -71,7 +77,7 @@ def filled(text: str) -> str:
         if "growth" in document:
             made = curves([Growth(**row) for row in document["growth"]])
         else:
-            made = markdown([Row(**row) for row in document["rows"]])
+            made = markdown([of_row(row) for row in document["rows"]])
         return f"{found[1]}{made}\n{found[3]}"
 
     return _BLOCK.sub(block, text)

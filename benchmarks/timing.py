@@ -23,6 +23,8 @@ from torch import Tensor
 LEAST: Final = 0.02
 """Seconds that one measurement lasts at least."""
 WARM_UP: Final = 3
+WARM: Final = 0.5
+"""Seconds after which a function is warm, however few its calls."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,10 @@ class Timing:
     median: float
     p20: float
     p80: float
+
+    def of(self, whole: Callable[[float], float]) -> Timing:
+        """That of something whose seconds follow from these."""
+        return Timing(whole(self.median), whole(self.p20), whole(self.p80))
 
 
 @cache
@@ -70,6 +76,14 @@ def calibrate(run: Callable[[], object], least: float, clock: Clock = seconds) -
     return loops
 
 
+def warm(run: Callable[[], object], clock: Clock) -> None:
+    """Calls it `WARM_UP` times, or until it has taken `WARM` seconds."""
+    taken = 0.0
+    for _ in range(WARM_UP):
+        if (taken := taken + clock(run, 1)) >= WARM:
+            return
+
+
 def interleaved(
     runs: Mapping[str, Callable[[], object]],
     repeats: int,
@@ -89,7 +103,7 @@ def interleaved(
     loops = {}
     for name, run in runs.items():
         with within(name):
-            clock(run, WARM_UP)
+            warm(run, clock)
             loops[name] = calibrate(run, least, clock) if cycle == 1 else cycle
     samples: dict[str, list[float]] = {name: [] for name in runs}
     collecting = gc.isenabled()

@@ -42,6 +42,11 @@ class Reference:
         """Mean and covariance of the real features."""
         return FrechetStatistics.of(self.features)
 
+    @cached_property
+    def radii(self) -> Tensor:
+        """Those of the real manifold."""
+        return metrics.radii(self.features)
+
     def score(self, images: Tensor) -> dict[str, Any]:
         """Distances of ``images`` to the real ones, with their number and the extractor's name.
 
@@ -54,7 +59,7 @@ class Reference:
             "frechet": metrics.frechet(self.statistics, features) if enough else None,
             "frechet_interval": list(metrics.frechet_interval(self.statistics, features)) if enough else None,
             "kernel_distance": metrics.kernel_distance(self.features, features) if len(images) > 1 else None,
-            "precision": metrics.precision(self.features, features),
+            "precision": metrics.precision(self.features, features, known=self.radii),
             "images": len(images),
             "extractor": self.extractor.name,
         }

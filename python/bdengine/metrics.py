@@ -41,6 +41,7 @@ __all__ = [
     "mse",
     "perceptual",
     "precision",
+    "radii",
     "recall",
     "ssim",
 ]
@@ -266,7 +267,24 @@ def kernel_distance(real: Tensor, fake: Tensor) -> float:
     return _kernel_within(x) + _kernel_within(y) - 2 * _kernel_sum(x, y) / (len(x) * len(y))
 
 
-def precision(real: Tensor, fake: Tensor, k: int = 3) -> float:
+def radii(real: Tensor, k: int = 3) -> Tensor:
+    """The manifold of real features: each one's distance to its own k-th nearest neighbour, float64 [N].
+
+    Args:
+        real: Features float [N,D].
+        k: Neighbours, at least 1.
+
+    Raises:
+        UserError: Fewer than k + 1 rows, NaN, or ``k`` below 1.
+    """
+    if k < 1:
+        raise UserError(f"k = {k} nearest neighbours: expected at least 1; the usual number is 3")
+    centres = _features(real, least=k + 1)
+    # The nearest of all is the point itself, at distance 0.
+    return torch.cat([_distances(part, centres).kthvalue(k + 1).values for part in centres.split(CHUNK)])
+
+
+def precision(real: Tensor, fake: Tensor, k: int = 3, known: Tensor | None = None) -> float:
     """Fidelity: the share of fake features inside the real manifold (Kynkäänniemi et al. 2019, eq. 1-2).
 
     A point is inside when some real feature is at least as near to it as to its own k-th nearest real neighbour.
@@ -275,17 +293,15 @@ def precision(real: Tensor, fake: Tensor, k: int = 3) -> float:
         real: Features float [N,D].
         fake: Features float [M,D].
         k: Neighbours, at least 1.
+        known: :func:`radii` of ``real`` with that ``k``, where several sets are held against it.
 
     Raises:
         UserError: Fewer than k + 1 real rows, no fake ones, different D, NaN, or ``k`` below 1.
     """
-    if k < 1:
-        raise UserError(f"k = {k} nearest neighbours: expected at least 1; the usual number is 3")
-    centres, points = _features(real, least=k + 1), _features(fake)
+    reach = radii(real, k) if known is None else known
+    centres, points = _features(real), _features(fake)
     _same_width(centres.shape[1], points.shape[1])
-    # The nearest of all is the point itself, at distance 0.
-    radii = torch.cat([_distances(part, centres).kthvalue(k + 1).values for part in centres.split(CHUNK)])
-    inside = [(_distances(part, centres) <= radii).any(1) for part in points.split(CHUNK)]
+    inside = [(_distances(part, centres) <= reach).any(1) for part in points.split(CHUNK)]
     return torch.cat(inside).double().mean().item()
 
 

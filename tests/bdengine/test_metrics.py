@@ -245,6 +245,11 @@ def test_precision_of_identical_sets_is_one_even_when_images_repeat() -> None:
     assert metrics.precision(repeated, repeated) == 1
     assert metrics.precision(repeated, repeated + 1e-9) == 0
     assert metrics.precision(features, features + 100) == 0
+    for k in (1, 3):
+        moved = features + 0.3
+        assert metrics.precision(features, moved, k, metrics.radii(features, k)) == metrics.precision(
+            features, moved, k
+        )
 
 
 # Extractors and scores
