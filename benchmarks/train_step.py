@@ -259,8 +259,8 @@ def training_step(shape: Shape, device: torch.device = HOST) -> dict[str, Provid
 
     def fused(made: Trainer) -> Provider:
         def check() -> None:
-            assert made.gradient is not None
-            in_full(made.gradient)
+            assert made.backward is not None
+            in_full(made.backward)
             check_gradient(made, made.network, *given_to(made))
 
         return Provider(made.step, check, share=("input_share", lambda: our_inputs(made)))

@@ -108,7 +108,7 @@ def _finish(exchange: Callable[..., dist.Work], into: Tensor | list[Tensor], *re
             time.sleep(_POLL)
         work.wait()  # on a GPU its stream waits, and the host goes on
     except RuntimeError as error:
-        raise Stopped("another rank ended early") from error
+        raise _stopped() from error
 
 
 ALONE: Final = Ranks()
@@ -147,5 +147,9 @@ def join() -> Iterator[Ranks]:
 
 
 def _stop(*_: object) -> None:
+    raise _stopped()
+
+
+def _stopped() -> Stopped:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what follows says what is missing
-    raise Stopped("another rank ended early")
+    return Stopped("another rank ended early")
