@@ -261,6 +261,7 @@ def training_step(shape: Shape, device: torch.device = HOST) -> dict[str, Provid
         def check() -> None:
             assert made.backward is not None
             in_full(made.backward)
+            made.gradient.clip(made.config.grad_clip)
             check_gradient(made, made.network, *given_to(made))
 
         return Provider(made.step, check, share=("input_share", lambda: our_inputs(made)))
