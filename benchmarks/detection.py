@@ -23,13 +23,13 @@ from typing import Any, Final
 from scipy.stats import binomtest
 from tqdm import tqdm
 
-from bdengine.cli import DefendConfig
 from bdengine.defend import examined
 from bdengine.defenses import DEFENSES, Calibration, Finding
 from bdengine.distributed import join
 from bdengine.errors import UserError, unknown
 from bdengine.files import read_json, write_json
 from bdengine.memory import keep_freed
+from bdengine.options import DefendConfig
 
 from .report import commit
 from .zoo import CALIBRATE, models

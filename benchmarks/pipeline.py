@@ -24,7 +24,6 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from bdengine.cli import EvaluateConfig
 from bdengine.commands import Model, evaluate
 from bdengine.data import Images, to_float
 from bdengine.defenses.clipping import CLIPS
@@ -33,6 +32,7 @@ from bdengine.evaluate import Reference
 from bdengine.extractors import DigitFeatures
 from bdengine.files import read_json
 from bdengine.memory import keep_freed
+from bdengine.options import EvaluateConfig
 from bdengine.pictures import load_images, of_images
 from bdengine.sampler import Arm, Sampler
 from bdengine.schedule import Schedule

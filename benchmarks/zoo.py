@@ -19,10 +19,10 @@ from typing import Final
 from tqdm import tqdm
 
 from bdengine.attacks import AttackConfig
-from bdengine.cli import EvaluateConfig, device
 from bdengine.commands import evaluate
 from bdengine.errors import UserError
 from bdengine.memory import keep_freed
+from bdengine.options import EvaluateConfig, device
 from bdengine.presets import PRESETS
 from bdengine.train import TrainConfig, train
 

@@ -16,13 +16,13 @@ from . import checkpoint, markup, pictures
 from .arms import Arm
 from .audit import audit as audited
 from .audit import examine, settings_of, stages_of
-from .cli import AuditConfig, CalibrateConfig, DefendConfig
 from .commands import Model
 from .config import claim, to_json
 from .defend import examined, subject_of
 from .defenses import DEFENSES, Calibration, Finding, Subject
 from .errors import UserError, unknown
 from .files import read_json, write_atomic, write_json
+from .options import AuditConfig, CalibrateConfig, DefendConfig
 from .shipped import ASSETS
 
 AUDIT: Final = "audit"

@@ -14,7 +14,6 @@ from .accelerate import accelerate
 from .altered import UNALTERED, Altered
 from .attacks import AttackConfig
 from .caching import Cached
-from .cli import AuditConfig, DefendConfig, EvaluateConfig, SampleConfig, device
 from .config import claim, from_json, to_json
 from .data import Images, load
 from .distributed import Ranks, join
@@ -24,6 +23,7 @@ from .extractors import Extractor, extractor_of
 from .files import read_json, remove_leftovers, write_json
 from .metrics import FrechetStatistics, check_threshold, frechet
 from .networks import Network
+from .options import AuditConfig, DefendConfig, EvaluateConfig, SampleConfig, device
 from .own import OWN, in_unit_range, is_preserving, own_table
 from .sampler import Arm, Sampler
 from .schedule import Schedule

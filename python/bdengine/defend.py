@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from . import checkpoint, pictures
-from .cli import AuditConfig, DefendConfig
 from .commands import Model
 from .config import to_json
 from .defenses import DEFENSES, Calibration, Finding, Subject
 from .errors import UserError, unknown
 from .extractors import DigitFeatures
 from .files import write_json
+from .options import AuditConfig, DefendConfig
 from .own import in_unit_range, is_preserving
 from .schedule import Schedule
 

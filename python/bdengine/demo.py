@@ -20,7 +20,6 @@ from torch import Tensor
 import bdkernels
 
 from . import pictures, report
-from .cli import device
 from .commands import Model
 from .config import to_json
 from .errors import UserError
@@ -28,6 +27,7 @@ from .evaluate import Reference, sample_arms, score_arms
 from .extractors import DigitFeatures
 from .files import write_json
 from .networks import Network
+from .options import device
 from .presets import preset
 from .sampler import Arm, Sampler
 from .schedule import Schedule

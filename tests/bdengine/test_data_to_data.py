@@ -13,12 +13,12 @@ import torch
 import bdkernels
 from bdengine.arms import Arm
 from bdengine.attacks import POISONED, AttackConfig, trojdiff
-from bdengine.cli import EvaluateConfig
 from bdengine.commands import evaluate
 from bdengine.data import load, to_float
 from bdengine.digits import load_classifier, measure, split
 from bdengine.errors import UserError
 from bdengine.networks import Network
+from bdengine.options import EvaluateConfig
 from bdengine.oracle import Gaussian, Oracle
 from bdengine.plan import TrainingPlan, target_of
 from bdengine.sampler import Sampler

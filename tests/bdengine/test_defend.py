@@ -10,9 +10,10 @@ import pytest
 from safetensors.torch import load_file
 
 from bdengine import defend
-from bdengine.cli import DefendConfig, main
+from bdengine.cli import main
 from bdengine.defenses import DEFENSES, Calibration, clipping, elijah
 from bdengine.errors import UserError
+from bdengine.options import DefendConfig
 
 
 def run(*arguments: object) -> int:

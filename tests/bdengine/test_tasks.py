@@ -17,12 +17,12 @@ from bdengine import cli
 from bdengine.arms import Arm, Arms
 from bdengine.attacks import AttackConfig, baddiffusion, trojdiff
 from bdengine.capture import Loop
-from bdengine.cli import SampleConfig
 from bdengine.commands import Model
 from bdengine.data import stand_in, to_float
 from bdengine.errors import UserError
 from bdengine.metrics import attack_success, mse
 from bdengine.networks import Network
+from bdengine.options import SampleConfig
 from bdengine.oracle import Gaussian, Oracle
 from bdengine.pictures import save_images
 from bdengine.sampler import Sampler

@@ -16,12 +16,12 @@ from bdengine import cli
 from bdengine.altered import Altered
 from bdengine.arms import Arm
 from bdengine.attacks import POISONED, AttackConfig
-from bdengine.cli import SampleConfig
 from bdengine.commands import Model
 from bdengine.data import stand_in, to_float
 from bdengine.errors import UserError
 from bdengine.metrics import mse
 from bdengine.networks import Network
+from bdengine.options import SampleConfig
 from bdengine.oracle import Gaussian, Oracle
 from bdengine.pictures import save_images
 from bdengine.sampler import Sampler
