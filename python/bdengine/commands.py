@@ -16,7 +16,7 @@ from .attacks import AttackConfig
 from .caching import Cached
 from .config import claim, from_json, to_json
 from .data import Images, load
-from .distributed import Ranks, join
+from .distributed import ALONE, Ranks, join
 from .errors import UserError
 from .evaluate import ClassTarget, Reference, against, sample_arms, score_arms
 from .extractors import Extractor, extractor_of
@@ -259,11 +259,25 @@ def evaluate(config: EvaluateConfig) -> int:
     check_threshold(config.threshold)
     config.altered.check()
     with join() as ranks:
-        return _evaluate(config, ranks)
+        model = Model.load(config.checkpoint).cached(config.cache, config.capture)
+        scores, shown = scored(model, config, ranks, progress=True)
+    if ranks.rank > 0:
+        return 0
+    write_json(config.out / "scores.json", scores)
+    pictures.save_png(config.out / "arms.png", pictures.labelled(shown))
+    print(report.console_table(scores))
+    print(f"wrote {config.out / 'scores.json'} and {config.out / 'arms.png'}")
+    return 0
 
 
-def _evaluate(config: EvaluateConfig, ranks: Ranks) -> int:
-    model = Model.load(config.checkpoint).cached(config.cache, config.capture)
+def scored(
+    model: Model, config: EvaluateConfig, ranks: Ranks = ALONE, progress: bool = False
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What ``scores.json`` holds, and the first images of each arm by "start / clip"; both empty on all ranks but the first.
+
+    Raises:
+        UserError: No attack is known, or a name or number that does not fit the model.
+    """
     attack = model.attack
     names = replace(
         attack,
@@ -292,12 +306,13 @@ def _evaluate(config: EvaluateConfig, ranks: Ranks) -> int:
         triggered,
         range(config.images),
         config.micro_batch,
-        ranks.rank == 0,
+        progress and ranks.rank == 0,
         ranks,
         config.capture,
+        config.clips,
     )
     if ranks.rank > 0:
-        return 0
+        return {}, {}
     arms = {key: model.shown(images) for key, images in arms.items()}
     reference = Reference.of(data, extractor)
     scored, first = score_arms(arms, y, reference, config.threshold), {}
@@ -320,9 +335,4 @@ def _evaluate(config: EvaluateConfig, ranks: Ranks) -> int:
             "target_file": to_json(names.target_file),
         },
     }
-    write_json(config.out / "scores.json", scores)
-    shown = first | {" / ".join(key): made[:16] for key, made in arms.items()}
-    pictures.save_png(config.out / "arms.png", pictures.labelled(shown))
-    print(report.console_table(scores))
-    print(f"wrote {config.out / 'scores.json'} and {config.out / 'arms.png'}")
-    return 0
+    return scores, first | {" / ".join(key): made[:16] for key, made in arms.items()}

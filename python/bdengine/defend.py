@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from . import checkpoint, pictures
 from .commands import Model
@@ -65,24 +66,30 @@ def examined(config: DefendConfig) -> tuple[Model, Finding]:
     return model, finding if calibration is None else calibration.judge(finding, config.alpha)
 
 
+def write_pictures(out: Path, model: Model, finding: Finding) -> list[str]:
+    """The finding's images and its trigger, as pictures and as a tensor; returns the names of the files in ``out``."""
+    written = []
+    if finding.images is not None:
+        pictures.save_png(out / "images.png", pictures.grid(model.shown(finding.images)))
+        written.append("images.png")
+    if finding.trigger is not None:
+        pictures.save_png(out / "trigger.png", pictures.grid(finding.trigger[None]))
+        checkpoint.write_safetensors(out / "trigger.safetensors", {"trigger": finding.trigger}, {})
+        written += ["trigger.png", "trigger.safetensors"]
+    return written
+
+
 def defend(config: DefendConfig) -> int:
     """Run ``bdengine defend``."""
     model, finding = examined(config)
+    written = write_pictures(config.out, model, finding)
     run = {name: value for name, value in to_json(config).items() if name != "out"}
     described = {"run": run | {"weights_sha256": checkpoint.digest(model.network.state_dict())}}
     write_json(config.out / "finding.json", finding.to_json() | described)
-    written = ["finding.json"]
-    if finding.images is not None:
-        pictures.save_png(config.out / "images.png", pictures.grid(model.shown(finding.images)))
-        written.append("images.png")
-    if finding.trigger is not None:
-        pictures.save_png(config.out / "trigger.png", pictures.grid(finding.trigger[None]))
-        checkpoint.write_safetensors(config.out / "trigger.safetensors", {"trigger": finding.trigger}, {})
-        written += ["trigger.png", "trigger.safetensors"]
     p = "" if finding.p_value is None else f", p = {finding.p_value:.3g}"
     print(f"{finding.defense}: {finding.verdict}, statistic {finding.statistic:.6g}{p}")
     print(f"{finding.evaluations:,} images through the network in {finding.seconds:.1f} s")
     if reason := finding.details.get("reason"):
         print(f"undecided since {reason}")
-    print(f"wrote {', '.join(written)} to {config.out}")
+    print(f"wrote {', '.join(['finding.json', *written])} to {config.out}")
     return 0

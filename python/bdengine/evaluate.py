@@ -20,9 +20,10 @@ from .extractors import Extractor
 from .metrics import FrechetStatistics
 from .networks import Network
 from .sampler import Sampler
+from .solvers import Clip
 
 Arms = dict[tuple[str, str], Tensor]
-"""Images by (start, clip): ("clean" or "triggered", "none", "latent" or "x0")."""
+"""Images by (start, clip): ("clean" or "triggered", a `Clip`)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,13 +95,14 @@ def sample_arms(
     progress: bool = False,
     ranks: Ranks = ALONE,
     capture: bool = False,
+    clips: Sequence[Clip] = clipping.CLIPS,
 ) -> tuple[Arms, float]:
     """Images of every arm from the same seeds, and images per second over all of them.
 
     A seed's arms stand side by side in a batch and share their noise. Each of the ``ranks`` that share the work has all images.
     With ``capture`` each step is a CUDA graph; see `Sampler`, also for what is refused.
     """
-    arms = clipping.arms(clean, triggered)
+    arms = clipping.arms(clean, triggered, clips)
     begun = time.perf_counter()
     sampler = Sampler(network, {"/".join(key): arm for key, arm in arms.items()}, micro_batch, capture=capture)
     images = sampler(seeds, progress=progress, ranks=ranks)

@@ -126,6 +126,8 @@ class EvaluateConfig:
     """ASR is the share of images whose MSE to the target is below this."""
     extractor: str = "digits"
     """Features of the Fréchet distance: digits, or a safetensors file of Inception weights."""
+    clips: tuple[Clip, ...] = ("none", "latent", "x0")
+    """Of the arms, what is clamped at every step: nothing, the latent, or the predicted x0 (to a quantile: dynamic)."""
     cache: int = 1
     """Run the network's deep blocks at every so-many-th step and reuse their output between; 1 reuses nothing."""
     micro_batch: int = 64

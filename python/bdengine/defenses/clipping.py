@@ -10,6 +10,7 @@ clean samples, ``mean |u(clipped) - u(x)|^2`` over samples of equal noise, with 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -23,10 +24,10 @@ from .subject import Subject, Watch
 CLIPS: Final[tuple[Clip, ...]] = ("none", "latent", "x0")
 
 
-def arms(clean: Arm, triggered: Arm | None) -> dict[tuple[str, str], Arm]:
-    """Every (start, clip) arm: clean and, where given, triggered; unclipped, latent- and x0-clipped."""
+def arms(clean: Arm, triggered: Arm | None, clips: Sequence[Clip] = CLIPS) -> dict[tuple[str, str], Arm]:
+    """Every (start, clip) arm: clean and, where given, triggered; under each of the ``clips``."""
     starts = {"clean": clean} | ({} if triggered is None else {"triggered": triggered})
-    return {(start, clip): arm.clipped(clip) for start, arm in starts.items() for clip in CLIPS}
+    return {(start, clip): arm.clipped(clip) for start, arm in starts.items() for clip in clips}
 
 
 @dataclass(frozen=True)
