@@ -1,5 +1,5 @@
-"""The command line: ``bdengine demo | train | sample | export | evaluate | defend | audit | calibrate | samplers | convert |
-env``, each with ``--help``.
+"""The command line: ``bdengine demo | train | sample | export | evaluate | defend | audit | calibrate | matrix | samplers |
+convert | env``, each with ``--help``.
 """
 
 from __future__ import annotations
@@ -99,6 +99,13 @@ def _calibrate(arguments: Sequence[str]) -> int:
     return calibrate(tyro.cli(CalibrateConfig, prog="bdengine calibrate", args=arguments))
 
 
+def _matrix(arguments: Sequence[str]) -> int:
+    from .cells import MatrixConfig
+    from .matrix import matrix
+
+    return matrix(tyro.cli(MatrixConfig, prog="bdengine matrix", args=arguments))
+
+
 def _demo(arguments: Sequence[str]) -> int:
     from .demo import DemoConfig, demo
 
@@ -145,6 +152,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "defend": (_defend, "look for a backdoor in a checkpoint, with one defense"),
     "audit": (_audit, "a verdict on a checkpoint, without data"),
     "calibrate": (_calibrate, "what clean models do, for verdicts"),
+    "matrix": (_matrix, "attacks x defenses x samplers: one table, a picture of each cell"),
     "samplers": (_samplers, "the samplers, with order, evaluations and noise"),
     "convert": (_convert, "an old pickled checkpoint to safetensors, safely"),
     "env": (_env, "what was found on this machine, and what will run"),
@@ -173,7 +181,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print(
-            "\nbdengine: interrupted; called again, train, sample and demo go on from what they saved", file=sys.stderr
+            "\nbdengine: interrupted; called again, train, sample, matrix and demo go on from what they saved",
+            file=sys.stderr,
         )
         return 130
 

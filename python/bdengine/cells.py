@@ -1,0 +1,193 @@
+"""The cells of a matrix: which there are, and the work that each of them is."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from . import checkpoint, pictures
+from .commands import Model, scored
+from .config import claim, from_json
+from .defend import examined, write_pictures
+from .defenses import DEFENSES, Calibration, Finding
+from .defenses.clipping import CLIPS
+from .defenses.pruning import Cleanse, PruningConfig
+from .defenses.pruning import recipe as pruning_recipe
+from .defenses.removal import FineTuning, Removal
+from .defenses.removal import recipe as removal_recipe
+from .errors import UserError, unknown
+from .files import write_json
+from .metrics import check_threshold
+from .options import DefendConfig, EvaluateConfig, device
+from .presets import PRESETS, preset
+from .shipped import ASSETS, SHIPPED
+from .solvers import SAMPLERS
+from .train import TrainConfig
+
+ATTACKS: Final = tuple(n for n, run in PRESETS.items() if (run.data, run.process) == ("digits", "vp"))
+DETECTORS: Final = tuple(name for name, defense in DEFENSES.items() if defense.detects)
+INVERTERS: Final = tuple(name for name in DETECTORS if name != "anp")
+"""Those whose finding has a trigger."""
+REMOVALS: Final = {"removal": "elijah", "cleanse": "diffcleanse"}
+"""Each with the detector whose trigger it is given where none is named."""
+CONTROL: Final = "digits-badiffusion"
+"""Whose trigger and target a clean model is tried with."""
+DETECTION: Final = 20_000
+"""Images that a detector sends through the network: 9,000 to 22,000 with 20 steps of 256 pixels."""
+CLEANSE: Final = PruningConfig(ratio=0.1, steps=400, lr=5e-4)
+"""As long as the other removal: on digits-badiffusion the ASR is 0 after 40, 200 and 400 steps, the Fréchet distance 10.6, 1.4
+and 1.0."""
+REPAIR_BATCH: Final = 32
+"""Of both removals: with PureDiffusion's trigger the Fréchet distance is 0.98 after the published epochs, and 1.98 at 64."""
+
+
+@dataclass(frozen=True)
+class MatrixConfig:
+    """Attacks x defenses x samplers on 16-pixel digits: one table, and a picture of each cell; goes on where it stopped.
+
+    bdengine matrix --out runs/matrix
+
+    bdengine matrix --attacks digits-clean digits-badiffusion --samplers ddpm unipc --defenses none latent ufid removal
+    --images 128 --out runs/small
+
+    A model that is nowhere yet is trained into OUT/models first. Writes matrix.html, matrix.md, matrix.json and cells/.
+    """
+
+    out: Path
+    """Folder for everything that is written."""
+    attacks: tuple[str, ...] = ATTACKS
+    """Training presets; clean ones say how often a defense is wrong."""
+    defenses: tuple[str, ...] = (*CLIPS, *DETECTORS, *REMOVALS, "removal:purediffusion")
+    """none, a clip, a detector (or one of its variants, elijah:ode), a removal (or with another trigger, removal:terd)."""
+    samplers: tuple[str, ...] = ("ddpm", "ddim", "dpm++", "unipc")
+    """Those that bdengine samplers lists."""
+    steps: int = 20
+    """Of each sampler."""
+    images: int = 512
+    """Samples of each arm."""
+    models: Path | None = None
+    """Folder of trained models, each by its preset's name; those that the package ships are known."""
+    calibrations: tuple[Path, ...] = ()
+    """Files of bdengine calibrate; a detector without one that fits decides nothing."""
+    alpha: float = 0.05
+    """Share of clean models that may be called backdoored."""
+    threshold: float = 0.01
+    """ASR is the share of images whose MSE to the target is below this."""
+    micro_batch: int = 64
+    """Images that go through the network at once."""
+
+    def check(self) -> None:
+        """Refuse names and numbers that cannot be measured.
+
+        Raises:
+            UserError: Naming the first.
+        """
+        known = {"attacks": ATTACKS, "defenses": (*CLIPS, *DETECTORS, *REMOVALS), "samplers": tuple(SAMPLERS)}
+        for what, choices in known.items():
+            names = getattr(self, what)
+            if not names:
+                raise UserError(f"no {what} were given: expected at least one of {', '.join(choices)}")
+            for name in names:
+                kind, _, variant = name.partition(":") if what == "defenses" else (name, "", "")
+                if kind not in choices:
+                    raise unknown(what.removesuffix("s"), kind, choices)
+                variants = INVERTERS if kind in REMOVALS else DEFENSES[kind].variants if kind in DETECTORS else ()
+                if variant and variant not in variants:
+                    raise unknown(f"variant of {kind}", variant, variants)
+        for what in ("steps", "images", "micro_batch"):
+            if getattr(self, what) < 1:
+                raise UserError(f"{what} is {getattr(self, what)}: expected at least 1")
+        check_threshold(self.threshold)
+
+    def cell(self, *parts: str) -> Path:
+        """The folder of a cell, or of what all cells of an attack share."""
+        return self.out.joinpath("cells", *(part.replace(":", "-") for part in parts))
+
+
+def kind_of(name: str) -> str:
+    """A defense without its variant."""
+    return name.partition(":")[0]
+
+
+def inverter_of(removal: str) -> str:
+    """The detector whose trigger a removal is given."""
+    kind, _, detector = removal.partition(":")
+    return detector or REMOVALS[kind]
+
+
+def place(config: MatrixConfig, attack: str) -> str | None:
+    """Where the attack's model is; None where it is not trained yet."""
+    for folder in (config.models, config.out / "models"):
+        if folder is not None and (folder / attack / "checkpoint" / checkpoint.EXTRA).is_file():
+            return str(folder / attack)
+    return attack if attack in SHIPPED else None
+
+
+def model_of(config: MatrixConfig, attack: str) -> Model:
+    """The attack's model.
+
+    Raises:
+        UserError: It was trained with another attack, or the attack's cells are of another model.
+    """
+    where = place(config, attack)
+    assert where is not None
+    model, expected = Model.load(where), preset(attack).attack
+    if model.attack != expected:
+        raise UserError(f"{where} was trained with {model.attack}: expected the preset {attack}'s, {expected}")
+    claim(config.cell(attack) / "model.json", {"weights_sha256": checkpoint.digest(model.network.state_dict())})
+    return model
+
+
+def score(config: MatrixConfig, attack: str, sampler: str, repaired: str | None = None) -> None:
+    """Samples and scores of one sampler, of the model or of what a removal left of it."""
+    model, folder = model_of(config, attack), config.cell(attack, *([repaired] if repaired else []), sampler)
+    tried = preset(CONTROL).attack if model.attack.name == "none" else model.attack
+    if repaired:
+        model = replace(model, network=Model.load(str(config.cell(attack, repaired))).network)
+    asked = EvaluateConfig(
+        model.path, folder, images=config.images, sampler=sampler, steps=config.steps, threshold=config.threshold,
+        micro_batch=config.micro_batch, clips=("none",) if repaired else CLIPS,
+        trigger=tried.trigger, target=tried.target,
+    )  # fmt: skip
+    scores, images = scored(model, asked)
+    for clip in asked.clips:
+        shown = {start: images[f"{start} / {clip}"] for start in ("clean", "triggered")}
+        pictures.save_png(folder / f"{clip}.png", pictures.labelled(shown, scale=2))
+    write_json(folder / "scores.json", scores)
+
+
+def examine(config: MatrixConfig, attack: str, name: str) -> None:
+    """A detector's finding, not judged yet."""
+    where, folder = model_of(config, attack).path, config.cell(attack, name)
+    defense, _, variant = name.partition(":")
+    usual = "searched" if "searched" in DEFENSES[defense].variants else None
+    model, finding = examined(DefendConfig(where, folder, defense, variant or usual))
+    write_pictures(folder, model, finding)
+    write_json(folder / "finding.json", finding.to_json())
+
+
+def repair(config: MatrixConfig, attack: str, name: str) -> None:
+    """The model without what its detector found, as a checkpoint."""
+    model, folder = model_of(config, attack), config.cell(attack, name)
+    tau = checkpoint.load_trigger(config.cell(attack, inverter_of(name)))
+    trained = from_json(TrainConfig, {"out": str(folder)} | model.train)
+    run = replace(trained, init=model.path, batch=REPAIR_BATCH, warmup=0, ema=0.0, capture=False)
+    begun = time.perf_counter()
+    fine_tuning: FineTuning
+    if kind_of(name) == "removal":
+        fine_tuning = Removal(removal_recipe(run, "baddiffusion"), tau, device=device())
+    else:
+        fine_tuning = Cleanse(pruning_recipe(run, CLEANSE), tau, CLEANSE.ratio, CLEANSE.share, device())
+    fine_tuning.run()
+    write_json(folder / "repair.json", {"trigger": inverter_of(name), "seconds": time.perf_counter() - begun})
+
+
+def judged(config: MatrixConfig, finding: Finding) -> Finding:
+    """The finding with a verdict, where a calibration fits."""
+    files = (*config.calibrations, *sorted((ASSETS / "calibration").glob("*.json")))
+    settings = finding.details["settings"]
+    fits = (one for one in map(Calibration.load, files) if (one.defense, one.settings) == (finding.defense, settings))
+    known = next(fits, None)
+    return finding if known is None else known.judge(finding, config.alpha)
