@@ -1,0 +1,187 @@
+"""``bdengine matrix`` as a user meets it: which cells there are, that none is measured twice, and what the tables say."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from bdengine import cells, matrix
+from bdengine.cells import MatrixConfig
+from bdengine.cli import main
+from bdengine.defenses import DEFENSES, Calibration, elijah, removal
+from bdengine.matrix_page import Row, markdown
+from bdengine.presets import PRESETS
+from bdengine.train import NetworkConfig
+
+SMALL = ("--steps", 20, "--images", 8)
+
+
+def run(*arguments: object) -> int:
+    return main(["matrix", *map(str, arguments)])
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elijah in two iterations from a given start, and a removal of 100 images: what is tested is what is made of them."""
+    short = {"searched": replace(elijah.VARIANTS["baddiffusion"], iterations=2, noises=4)}
+    monkeypatch.setitem(DEFENSES, "elijah", replace(DEFENSES["elijah"], variants=short))
+    monkeypatch.setitem(removal.VARIANTS, "baddiffusion", removal.RemovalConfig(epochs=1, share=0.02))
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The work that is done, by name; the fourth call is interrupted."""
+    made: list[str] = []
+
+    def counted(work: Callable[..., None]) -> Callable[..., None]:
+        def call(*arguments: Any) -> None:
+            made.append(work.__name__)
+            if len(made) == 4:
+                raise KeyboardInterrupt
+            work(*arguments)
+
+        return call
+
+    for work in (cells.score, cells.examine, cells.repair):
+        monkeypatch.setattr(matrix, work.__name__, counted(work))
+    return made
+
+
+def rows(out: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
+    found = json.loads((out / "matrix.json").read_text())["rows"]
+    return {(row["attack"], row["defense"], row["sampler"]): row for row in found}
+
+
+def test_no_cell_is_measured_twice_and_all_have_numbers_and_a_picture(
+    tmp_path: Path, calls: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A backdoored and a clean model; Ctrl-C after three units, then on to the end; then one of them with one more sampler."""
+    attacks, defenses = ("digits-badiffusion", "digits-clean"), ("none", "latent", "elijah", "removal")
+    options = ("--out", tmp_path, "--attacks", *attacks, "--defenses", *defenses, *SMALL, "--samplers", "ddpm")
+    assert run(*options) == 130
+    assert not (tmp_path / "matrix.json").exists()
+    assert run(*options) == 0
+    assert calls == ["score", "examine", "repair", "score", "score", "score", "examine", "repair", "score"]
+    found = rows(tmp_path)
+    cells_of_each = {("none", "ddpm"), ("latent", "ddpm"), ("elijah", "ddpm"), ("removal", "ddpm")}
+    assert set(found) == {(attack, *cell) for attack in attacks for cell in cells_of_each}
+    for (_, defense, _), row in found.items():
+        assert row["seconds"] > 0
+        assert Image.open(row["picture"]).width > 64
+        assert (row["statistic"] is None) == (row["mse"] is not None) == (defense != "elijah")
+    assert found["digits-badiffusion", "none", "ddpm"]["mse"] < 0.1 < found["digits-clean", "none", "ddpm"]["mse"]
+    page = (tmp_path / "matrix.html").read_text()
+    assert page.count('src="data:image/png') == len(found)
+    assert not re.search(r"https?:|<script|\$\w", page)
+    assert run(*options, "unipc", "--attacks", "digits-badiffusion") == 0
+    assert calls[9:] == ["score", "score"]
+    assert len(rows(tmp_path)) == 7
+    assert "digits-badiffusion  removal  unipc" in capsys.readouterr().out
+    assert run(*options, "--images", 9) == 2
+    assert "holds another run, whose images is 8 and not 9" in capsys.readouterr().err
+    assert len(calls) == 11
+
+
+def test_a_model_is_trained_from_one_that_is_trained_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the class that its data do not have; the second table finds both models where they are."""
+    for name in ("digits-clean-without-7", "digits-out-d2d"):
+        small = replace(PRESETS[name], images=16, batch=8, network=NetworkConfig((8, 16), groups=4))
+        monkeypatch.setitem(PRESETS, name, small)
+    options = ("--attacks", "digits-out-d2d", "--defenses", "none", "--samplers", "ddim", *SMALL)
+    assert run("--out", tmp_path / "one", *options) == 0
+    models = tmp_path / "one" / "models"
+    assert {path.name for path in models.iterdir()} == {"digits-clean-without-7", "digits-out-d2d"}
+    trained = json.loads((models / "digits-out-d2d" / "config.json").read_text())
+    assert trained["init"] == str(models / "digits-clean-without-7")
+    ((_, row),) = rows(tmp_path / "one").items()
+    assert (row["asr_class"], row["mse"], row["own"]) == (7, None, False)
+    assert run("--out", tmp_path / "two", *options, "--models", models) == 0
+    assert not (tmp_path / "two" / "models").exists()
+    assert rows(tmp_path / "two")["digits-out-d2d", "none", "ddim"]["asr"] == row["asr"]
+
+
+def test_a_row_is_of_the_model_that_its_name_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clean, models, out = cells.ASSETS / "digits-clean", tmp_path / "models", tmp_path / "out"
+    shutil.copytree(clean, models / "digits-villan" / "checkpoint")
+    options = ("--models", models, "--samplers", "ddpm", "--defenses", "none", *SMALL, "--out", out)
+    assert run("--attacks", "digits-villan", *options) == 2
+    assert "expected the preset digits-villan's" in capsys.readouterr().err
+    assert run("--attacks", "digits-clean", *options) == 0
+    monkeypatch.setitem(
+        PRESETS, "digits-clean", replace(PRESETS["digits-clean"], attack=PRESETS["digits-badiffusion"].attack)
+    )
+    shutil.copytree(cells.ASSETS / "digits-badiffusion", models / "digits-clean" / "checkpoint")
+    assert run("--attacks", "digits-clean", *options) == 2
+    assert "holds another run, whose weights_sha256 is" in capsys.readouterr().err
+
+
+def test_a_detector_decides_with_a_calibration_that_fits(tmp_path: Path) -> None:
+    options = ("--attacks", "digits-badiffusion", "--defenses", "elijah", "--samplers", "ddpm", *SMALL)
+    assert run("--out", tmp_path, *options) == 0
+    finding = json.loads((tmp_path / "cells" / "digits-badiffusion" / "elijah" / "finding.json").read_text())
+    settings, clean = finding["details"]["settings"], tuple(finding["statistic"] - k for k in range(1, 20))
+    fits, other = Calibration("elijah", settings, clean), Calibration("elijah", settings | {"noises": 5}, clean)
+    for calibration, verdict, p in ((other, "undecided", None), (fits, "backdoored", 0.05)):
+        calibration.save(tmp_path / "calibration.json")
+        assert run("--out", tmp_path, *options, "--calibrations", tmp_path / "calibration.json") == 0
+        row = rows(tmp_path)["digits-badiffusion", "elijah", "ddpm"]
+        assert (row["verdict"], row["p_value"]) == (verdict, p)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (("--attacks", "digits-vilan"), "unknown attack 'digits-vilan'.*digits-villan"),
+        (("--attacks", "digits-ve"), "unknown attack 'digits-ve'"),
+        (("--defenses", "elija"), "unknown defense 'elija'.*elijah"),
+        (("--defenses", "elijah:serched"), "unknown variant of elijah 'serched'.*searched"),
+        (("--defenses", "removal:anp"), "unknown variant of removal 'anp'"),
+        (("--defenses", "latent:x"), "unknown variant of latent 'x'"),
+        (("--samplers", "unpic"), "unknown sampler 'unpic'.*unipc"),
+        (("--samplers",), "no samplers were given"),
+        (("--steps", 0), "steps is 0: expected at least 1"),
+        (("--threshold", -1), "threshold"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_writes_nothing(
+    changes: tuple[object, ...], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--out", tmp_path / "out", *changes) == 2
+    assert re.search(sentence, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_tables_say_what_the_rows_hold() -> None:
+    """The overview has the model's own sampler, or the first where that is not there."""
+    sampled = [
+        Row("a", "none", "ddim", False, "", 1.0, frechet=0.5, mse=0.25, ssim=0.125, asr=0.25),
+        Row("a", "none", "ddpm", True, "", 2.0, frechet=None, mse=0.0, ssim=1.0, asr=1.0),
+        Row("b", "none", "ddim", False, "", 1.0, frechet=0.5, asr=0.5, asr_class=7),
+    ]
+    examined = [
+        Row("a", "ufid", "ddpm", True, "", 3.0, verdict="backdoored", statistic=0.99, p_value=0.05),
+        Row("b", "ufid", "ddpm", True, "", 3.0, verdict="undecided", statistic=0.5),
+    ]
+    said = markdown([*sampled, *examined])
+    assert "| a | 100.0 % | backdoored, 0.99, p = 0.05 |\n| b | 50.0 % (class 7) | 0.5 |\n" in said
+    assert "| a | none | ddim | 0.50 | 0.2500 | 0.125 | 25.0 % | — | 1.0 |\n" in said
+    assert "| a | none | ddpm * | — | 0.0000 | 1.000 | 100.0 % | — | 2.0 |\n" in said
+    assert "| b | ufid | ddpm * | — | — | — | — | undecided, 0.5 | 3.0 |\n" in said
+
+
+def test_without_flags_it_is_every_attack_on_the_digits_with_every_defense(tmp_path: Path) -> None:
+    config = MatrixConfig(tmp_path)
+    config.check()
+    work = [unit for attack in config.attacks for unit in matrix.units(config, attack)]
+    assert len({unit.file for unit in work}) == len(work) - 1  # what two attacks start from is asked for by both
+    assert {kind for kind in DEFENSES if DEFENSES[kind].detects} <= set(config.defenses)
