@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Final
 
 from . import checkpoint, pictures
+from .auditing import AUDIT, examiner
 from .commands import Model, scored
 from .config import claim, from_json
-from .defend import examined, write_pictures
+from .defend import write_pictures
 from .defenses import DEFENSES, Calibration, Finding
 from .defenses.clipping import CLIPS
 from .defenses.pruning import Cleanse, PruningConfig
@@ -20,22 +21,26 @@ from .defenses.removal import recipe as removal_recipe
 from .errors import UserError, unknown
 from .files import write_json
 from .metrics import check_threshold
-from .options import DefendConfig, EvaluateConfig, device
+from .options import CalibrateConfig, EvaluateConfig, device
 from .presets import PRESETS, preset
 from .shipped import ASSETS, SHIPPED
 from .solvers import SAMPLERS
 from .train import TrainConfig
 
 ATTACKS: Final = tuple(n for n, run in PRESETS.items() if (run.data, run.process) == ("digits", "vp"))
-DETECTORS: Final = tuple(name for name, defense in DEFENSES.items() if defense.detects)
-INVERTERS: Final = tuple(name for name in DETECTORS if name != "anp")
-"""Those whose finding has a trigger."""
+DETECTORS: Final = (*(name for name, defense in DEFENSES.items() if defense.detects), AUDIT)
 REMOVALS: Final = {"removal": "elijah", "cleanse": "diffcleanse"}
 """Each with the detector whose trigger it is given where none is named."""
+INVERTERS: Final = tuple(name for name in DETECTORS if name not in ("anp", AUDIT))
+"""Those whose finding always has a trigger."""
 CONTROL: Final = "digits-badiffusion"
 """Whose trigger and target a clean model is tried with."""
 DETECTION: Final = 20_000
 """Images that a detector sends through the network: 9,000 to 22,000 with 20 steps of 256 pixels."""
+AUDITING: Final = 74_000
+"""Those of the audit, likewise."""
+SHOWN: Final = 16
+"""Of a finding's images, in its picture."""
 CLEANSE: Final = PruningConfig(ratio=0.1, steps=400, lr=5e-4)
 """As long as the other removal: on digits-badiffusion the ASR is 0 after 40, 200 and 400 steps, the Fréchet distance 10.6, 1.4
 and 1.0."""
@@ -93,7 +98,7 @@ class MatrixConfig:
                 kind, _, variant = name.partition(":") if what == "defenses" else (name, "", "")
                 if kind not in choices:
                     raise unknown(what.removesuffix("s"), kind, choices)
-                variants = INVERTERS if kind in REMOVALS else DEFENSES[kind].variants if kind in DETECTORS else ()
+                variants = INVERTERS if kind in REMOVALS else DEFENSES[kind].variants if kind in DEFENSES else ()
                 if variant and variant not in variants:
                     raise unknown(f"variant of {kind}", variant, variants)
         for what in ("steps", "images", "micro_batch"):
@@ -160,11 +165,12 @@ def score(config: MatrixConfig, attack: str, sampler: str, repaired: str | None 
 
 def examine(config: MatrixConfig, attack: str, name: str) -> None:
     """A detector's finding, not judged yet."""
-    where, folder = model_of(config, attack).path, config.cell(attack, name)
+    model, folder = model_of(config, attack), config.cell(attack, name)
     defense, _, variant = name.partition(":")
-    usual = "searched" if "searched" in DEFENSES[defense].variants else None
-    model, finding = examined(DefendConfig(where, folder, defense, variant or usual))
-    write_pictures(folder, model, finding)
+    usual = "searched" if defense in DEFENSES and "searched" in DEFENSES[defense].variants else None
+    finding = examiner(CalibrateConfig((), folder, defense, variant or usual))(model.path)
+    first = None if finding.images is None else finding.images[:SHOWN]
+    write_pictures(folder, model, replace(finding, images=first))
     write_json(folder / "finding.json", finding.to_json())
 
 

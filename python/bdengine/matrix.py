@@ -18,8 +18,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from . import checkpoint
-from .auditing import finding_at
+from .auditing import AUDIT, finding_at
 from .cells import (
+    AUDITING,
     DETECTION,
     DETECTORS,
     REMOVALS,
@@ -85,7 +86,8 @@ def units(config: MatrixConfig, attack: str) -> Iterator[Unit]:
             yield Unit(f"{attack} {sampler}", file, len(CLIPS) * arm, partial(score, config, attack, sampler))
     for name in detectors_of(config):
         file = config.cell(attack, name) / "finding.json"
-        yield Unit(f"{attack} {name}", file, DETECTION, partial(examine, config, attack, name))
+        cost = AUDITING if name == AUDIT else DETECTION
+        yield Unit(f"{attack} {name}", file, cost, partial(examine, config, attack, name))
     for name in (name for name in config.defenses if kind_of(name) in REMOVALS):
         file = config.cell(attack, name) / "repair.json"
         yield Unit(f"{attack} {name}", file, DETECTION, partial(repair, config, attack, name))

@@ -41,8 +41,8 @@ class Row:
     sampler: str
     own: bool
     """Whether the model was made for the sampler."""
-    picture: str
-    """Its file."""
+    picture: str | None
+    """Its file; None where a detector made no images."""
     seconds: float
     frechet: float | None = None
     mse: float | None = None
@@ -66,7 +66,7 @@ class Row:
     def of_finding(cls, finding: Finding, names: Names, picture: Path) -> Row:
         """Of a detector's finding, with the model's own sampler."""
         told = {what: getattr(finding, what) for what in ("verdict", "statistic", "p_value")}
-        return cls(*names, True, str(picture), finding.seconds, **told)
+        return cls(*names, True, str(picture) if picture.exists() else None, finding.seconds, **told)
 
     @property
     def success(self) -> str:
@@ -189,6 +189,7 @@ def _pictures(attack: str, rows: Sequence[Row]) -> str:
         f"<figure>{markup.image(Image.open(row.picture), f'{attack}, {row.defense}, {row.sampler}')}"
         f"<figcaption><b>{markup.text(row.defense)}</b> {markup.text(row.sampler)}</figcaption></figure>"
         for row in rows
+        if row.picture is not None
     )
     return f'<h3>{markup.text(attack)}</h3><div class="cells">{figures}</div>'
 
