@@ -23,7 +23,7 @@ from .defend import examined, subject_of
 from .defenses import DEFENSES, Calibration, Finding, Subject
 from .errors import UserError, unknown
 from .files import read_json, write_atomic, write_json
-from .shipped import ASSETS
+from .shipped import ASSETS, find
 
 AUDIT: Final = "audit"
 STEPS: Final = 20
@@ -151,11 +151,14 @@ def calibrate(config: CalibrateConfig) -> int:
     """Run ``bdengine calibrate``."""
     if not config.checkpoints:
         raise UserError("no checkpoints were given: expected clean models of one family")
+    paths = {_file_of(name): name for name in config.checkpoints}
+    if len(paths) < len(config.checkpoints):
+        raise UserError(f"{len(config.checkpoints)} checkpoints are {len(paths)} different ones: expected each once")
     look, run = examiner(config), {"defense": config.defense, "variant": config.variant}
     claim(config.out / "run.json", run | {"checkpoints": list(config.checkpoints)}, ["checkpoints"])
     found = []
-    for name in tqdm(config.checkpoints, unit="model"):
-        path = config.out / f"{Path(name).resolve().as_posix().strip('/').replace('/', '-')}.json"
+    for file, name in tqdm(paths.items(), unit="model"):
+        path = config.out / file
         if not path.exists():
             write_json(path, look(name).to_json())
         found.append(finding_at(path))
@@ -164,6 +167,10 @@ def calibrate(config: CalibrateConfig) -> int:
     greatest = max(calibration.statistics)
     print(f"{len(found)} models, statistic at most {greatest:.6g}; wrote {config.out / 'calibration.json'}")
     return 0
+
+
+def _file_of(name: str) -> str:
+    return Path(find(name)).resolve().as_posix().strip("/").replace("/", "-") + ".json"
 
 
 def finding_at(path: Path) -> Finding:
