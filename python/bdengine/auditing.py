@@ -20,9 +20,10 @@ from .cli import AuditConfig, CalibrateConfig, DefendConfig
 from .commands import Model
 from .config import claim, to_json
 from .defend import examined, subject_of
-from .defenses import DEFENSES, Calibration, Finding, Subject
+from .defenses import DEFENSES, Calibration, Finding, Subject, starts
 from .errors import UserError, unknown
 from .files import read_json, write_atomic, write_json
+from .sampler import Sampler
 from .shipped import ASSETS, find
 
 AUDIT: Final = "audit"
@@ -64,7 +65,8 @@ def audit(config: AuditConfig) -> int:
     run = {name: value for name, value in to_json(config).items() if name != "out"}
     described = {"run": run | {"weights_sha256": checkpoint.digest(model.network.state_dict())}}
     write_json(config.out / "audit.json", finding.to_json() | described)
-    own = model.shown(subject.images(Arm(subject.table), SHOWN))
+    same_seeds = range(starts.IMAGES, starts.IMAGES + SHOWN)
+    own = model.shown(Sampler(model.network, {"": Arm(subject.table)}, SHOWN)(same_seeds)[""])
     write_atomic(config.out / "report.html", page(config, finding, model, own))
     if finding.trigger is not None:
         checkpoint.write_safetensors(config.out / "trigger.safetensors", {"trigger": finding.trigger}, {})
@@ -97,6 +99,7 @@ def page(config: AuditConfig, finding: Finding, model: Model, own: Tensor) -> st
     return Template((ASSETS / "audit.html").read_text("utf-8")).substitute(
         style=markup.STYLE.read_text("utf-8"),
         title=markup.text(f"Audit of {config.checkpoint}"),
+        alarm="alarm" if finding.verdict == "backdoored" else "calm",
         verdict=markup.text(SENTENCES[finding.verdict]),
         sentence=markup.text(sentence(finding)),
         marks=marks,
