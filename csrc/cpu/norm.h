@@ -6,8 +6,8 @@
 // mean and inverse = 1 / sqrt(variance + eps) are those of a sample's group of channels. Backward, with d =
 // dy silu'(u):
 //
-//   dx = inverse ( d weight - mean_g(d weight) - n mean_g(d weight n) )      dweight = sum d n      dbias =
-//   sum d
+//   dx = inverse ( d weight - mean_g(d weight) - n mean_g(d weight n) ) + rest
+//   dweight = sum d n      dbias = sum d
 //
 // A sample stays in the nearest cache between the passes over it, so memory is read once and written once.
 #pragma once
@@ -29,6 +29,7 @@ struct NormCall {
     float eps;
     bool silu;
     const float* dy = nullptr;                                  // as x
+    const float* rest = nullptr;                                // as x or null: what x did elsewhere
     float *dx = nullptr, *dweight = nullptr, *dbias = nullptr;  // as x; [samples, channels] each
 };
 
@@ -173,12 +174,13 @@ void norm_backward_sample(const NormCall& call, int64_t sample) {
             mean_n[c] = float(-with_n / count) * inverse[c];
         }
     }
+    const float* rest = call.rest == nullptr ? nullptr : call.rest + first;
     each_element<L>(call, [&](int64_t at, int64_t c, auto lanes) {
         using Lane = decltype(lanes);
-        const auto rest = Lane::multiply_add(normalised(at, c, lanes), channel(mean_n, c, lanes),
-                                             channel(mean_1, c, lanes));
-        const typename Lane::F v =
-            Lane::multiply_add(channel(dx, at, lanes), channel(weight, c, lanes), rest);
+        const auto means = Lane::multiply_add(normalised(at, c, lanes), channel(mean_n, c, lanes),
+                                              channel(mean_1, c, lanes));
+        typename Lane::F v = Lane::multiply_add(channel(dx, at, lanes), channel(weight, c, lanes), means);
+        if (rest != nullptr) v += channel(rest, at, lanes);
         memcpy(dx + at, &v, sizeof v);
     });
 }

@@ -32,9 +32,7 @@ def accelerate(unet: UNet2DModel) -> UNet2DModel:
     from diffusers.models.upsampling import Upsample2D
 
     for module in unet.modules():
-        if isinstance(module, nn.Conv2d) and _is_conv3x3(module):
-            module.forward = MethodType(_conv3x3, module)  # type: ignore[method-assign]
-        elif isinstance(module, ResnetBlock2D) and _is_plain(module):
+        if isinstance(module, ResnetBlock2D) and _is_plain(module):
             module.forward = MethodType(_block, module)
         elif isinstance(module, Upsample2D) and _is_repeated_pixels(module):
             module.forward = MethodType(_upsample, module)
@@ -45,7 +43,8 @@ def accelerate(unet: UNet2DModel) -> UNet2DModel:
 
 
 def _is_plain(block: Any) -> bool:
-    norms = isinstance(block.norm1, nn.GroupNorm) and isinstance(block.norm2, nn.GroupNorm)
+    norms = all(isinstance(norm, nn.GroupNorm) for norm in (block.norm1, block.norm2))
+    norms = norms and block.norm1.num_groups == block.norm2.num_groups
     plain = block.time_embedding_norm == "default" and isinstance(block.nonlinearity, nn.SiLU)
     return norms and plain and block.upsample is None and block.downsample is None and block.dropout.p == 0
 
@@ -59,32 +58,38 @@ def _is_conv3x3(conv: nn.Conv2d) -> bool:
     return size and conv.groups == 1 and conv.padding_mode == "zeros"
 
 
-def _conv3x3(conv: nn.Conv2d, x: Tensor, skip: Tensor | None = None, upsample: bool = False) -> Tensor:
-    served = x.device.type == "cpu" and conv.in_channels % 16 == 0 and conv.out_channels % 16 == 0
-    if served and x.dtype == conv.weight.dtype and not torch.is_autocast_enabled("cpu"):
-        return bdkernels.conv3x3(x, conv.weight, conv.bias, skip=skip, upsample=upsample)
-    out = nn.Conv2d.forward(conv, F.interpolate(x, scale_factor=2.0, mode="nearest") if upsample else x)
-    return out if skip is None else skip + out
+def _is_served(x: Tensor, weight: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == weight.dtype and not torch.is_autocast_enabled("cpu")
 
 
-def _norm_silu(norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None) -> Tensor:
-    if x.device.type != "cpu" or x.dtype != norm.weight.dtype:  # the second under autocast
-        return F.silu(nn.GroupNorm.forward(norm, x if shift is None else x + shift[:, :, None, None]))
-    return bdkernels.group_norm(x, norm.weight, norm.bias, norm.num_groups, eps=norm.eps, shift=shift, silu=True)
+def _norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    if _is_served(x, norm.weight):
+        return bdkernels.group_norm(x, norm.weight, norm.bias, norm.num_groups, eps=norm.eps, silu=True)
+    return F.silu(nn.GroupNorm.forward(norm, x))
 
 
 def _block(block: Any, x: Tensor, temb: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
     time = None
     if temb is not None and block.time_emb_proj is not None:
         time = block.time_emb_proj(temb if block.skip_time_act else F.silu(temb))
-    h = block.conv1(_norm_silu(block.norm1, x))
-    shortcut = x if block.conv_shortcut is None else block.conv_shortcut(x)
-    out = block.conv2(_norm_silu(block.norm2, h, time), skip=shortcut)
+    if _is_served(x, block.conv1.weight):
+        parts = [block.norm1, block.conv1, block.norm2, block.conv2]
+        if block.conv_shortcut is not None:
+            parts.append(block.conv_shortcut)
+        weights = bdkernels.BlockWeights(*(tensor for part in parts for tensor in (part.weight, part.bias)))
+        out = bdkernels.residual_block(x, weights, block.norm1.num_groups, shift=time, eps=block.norm1.eps)
+    else:
+        h = block.conv1(F.silu(block.norm1(x)))
+        h = F.silu(block.norm2(h if time is None else h + time[:, :, None, None]))
+        out = block.conv2(h) + (x if block.conv_shortcut is None else block.conv_shortcut(x))
     return out if block.output_scale_factor == 1 else out / block.output_scale_factor
 
 
 def _upsample(layer: Any, x: Tensor, *_: Any, **__: Any) -> Tensor:
-    return _conv_of(layer)(x, upsample=True)
+    conv = _conv_of(layer)
+    if _is_served(x, conv.weight):
+        return bdkernels.conv3x3(x, conv.weight, conv.bias, upsample=True)
+    return conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 def _conv_of(layer: Any) -> Any:
