@@ -52,7 +52,7 @@ struct FilterCall {
     Scale scale;  // not halved
 };
 
-constexpr int64_t kFilters = 32;  // filters that are packed at once
+constexpr int64_t kFilters = 16;  // filters that are packed at once
 constexpr int64_t kTiles = 64;    // tiles that are multiplied at once, about: they stay in the second cache
 constexpr int64_t kSquare = 64;   // side of the block of channels by filters whose gradient is summed at once
 constexpr int64_t kTerms = 32;    // tiles whose products are summed at once: longer sums lose more

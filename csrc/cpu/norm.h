@@ -70,14 +70,15 @@ BDK_HD void sum_pixels(const NormCall& call, double* sums, F value) {
     }
 }
 
-// Calls body(offset of the element, channel, lanes) for every element of a sample.
+// Calls body(offset of the element, channel, lanes) for every element of a sample. Channels are the outer
+// loop, so that what is a channel's stays in registers.
 template <class L, class F>
 BDK_HD void each_element(const NormCall& call, F body) {
-    for (int64_t p = 0; p < call.pixels; ++p) {
-        int64_t c = 0;
-        for (; c + L::kLanes <= call.channels; c += L::kLanes) body(p * call.channels + c, c, L{});
-        for (; c < call.channels; ++c) body(p * call.channels + c, c, Scalar{});
-    }
+    int64_t c = 0;
+    for (; c + L::kLanes <= call.channels; c += L::kLanes)
+        for (int64_t p = 0; p < call.pixels; ++p) body(p * call.channels + c, c, L{});
+    for (; c < call.channels; ++c)
+        for (int64_t p = 0; p < call.pixels; ++p) body(p * call.channels + c, c, Scalar{});
 }
 
 template <class L>
