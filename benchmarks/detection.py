@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from bdengine import audit
 from bdengine.auditing import AUDIT, finding_at
-from bdengine.cli import AuditConfig, DefendConfig
+from bdengine.configs import AuditConfig, DefendConfig
 from bdengine.defend import examined, subject_of
 from bdengine.defenses import DEFENSES, Calibration, Finding
 from bdengine.distributed import join

@@ -24,8 +24,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from bdengine.cli import EvaluateConfig
 from bdengine.commands import Model, evaluate
+from bdengine.configs import EvaluateConfig
 from bdengine.data import Images, to_float
 from bdengine.defenses.clipping import CLIPS
 from bdengine.errors import UserError

@@ -19,8 +19,9 @@ from typing import Final
 from tqdm import tqdm
 
 from bdengine.attacks import AttackConfig
-from bdengine.cli import EvaluateConfig, device
+from bdengine.cli import device
 from bdengine.commands import evaluate
+from bdengine.configs import EvaluateConfig
 from bdengine.errors import UserError
 from bdengine.memory import keep_freed
 from bdengine.presets import PRESETS

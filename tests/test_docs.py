@@ -11,7 +11,7 @@ import pytest
 import tyro
 import yaml
 
-from bdengine.cli import EvaluateConfig, SampleConfig
+from bdengine.configs import EvaluateConfig, SampleConfig
 from bdengine.train import TrainConfig
 
 PAGE = (Path(__file__).parent.parent / "docs" / "many-machines.md").read_text()

@@ -16,9 +16,9 @@ from . import checkpoint, markup, pictures
 from .arms import Arm
 from .audit import audit as audited
 from .audit import examine, settings_of, stages_of
-from .cli import AuditConfig, CalibrateConfig, DefendConfig
 from .commands import Model
 from .config import claim, to_json
+from .configs import AuditConfig, CalibrateConfig, DefendConfig
 from .defend import examined, subject_of
 from .defenses import DEFENSES, Calibration, Finding, Subject, starts
 from .errors import UserError, unknown

@@ -14,8 +14,9 @@ from .accelerate import accelerate
 from .altered import UNALTERED, Altered
 from .attacks import AttackConfig
 from .caching import Cached
-from .cli import AuditConfig, DefendConfig, EvaluateConfig, SampleConfig, device
+from .cli import device
 from .config import claim, from_json, to_json
+from .configs import AuditConfig, DefendConfig, EvaluateConfig, SampleConfig
 from .data import Images, load
 from .distributed import Ranks, join
 from .errors import UserError

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from . import checkpoint, pictures
-from .cli import AuditConfig, DefendConfig
 from .commands import Model
 from .config import to_json
+from .configs import AuditConfig, DefendConfig
 from .defenses import DEFENSES, Calibration, Finding, Subject
 from .errors import UserError, unknown
 from .extractors import DigitFeatures

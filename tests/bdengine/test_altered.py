@@ -14,9 +14,9 @@ from bdengine import cli
 from bdengine.altered import UNALTERED, Altered, Crop
 from bdengine.attacks import AttackConfig
 from bdengine.checkpoint import save_pipeline
-from bdengine.cli import SampleConfig
 from bdengine.commands import Model
 from bdengine.config import to_json
+from bdengine.configs import SampleConfig
 from bdengine.data import stand_in, to_float
 from bdengine.metrics import attack_success
 from bdengine.networks import unet

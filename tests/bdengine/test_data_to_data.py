@@ -13,8 +13,8 @@ import torch
 import bdkernels
 from bdengine.arms import Arm
 from bdengine.attacks import POISONED, AttackConfig, trojdiff
-from bdengine.cli import EvaluateConfig
 from bdengine.commands import evaluate
+from bdengine.configs import EvaluateConfig
 from bdengine.data import load, to_float
 from bdengine.digits import load_classifier, measure, split
 from bdengine.errors import UserError

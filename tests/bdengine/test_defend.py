@@ -10,7 +10,8 @@ import pytest
 from safetensors.torch import load_file
 
 from bdengine import defend
-from bdengine.cli import DefendConfig, main
+from bdengine.cli import main
+from bdengine.configs import DefendConfig
 from bdengine.defenses import DEFENSES, Calibration, clipping, elijah
 from bdengine.errors import UserError
 

@@ -17,8 +17,8 @@ from bdengine import cli
 from bdengine.arms import Arm, Arms
 from bdengine.attacks import AttackConfig, baddiffusion, trojdiff
 from bdengine.capture import Loop
-from bdengine.cli import SampleConfig
 from bdengine.commands import Model
+from bdengine.configs import SampleConfig
 from bdengine.data import stand_in, to_float
 from bdengine.errors import UserError
 from bdengine.metrics import attack_success, mse

@@ -16,8 +16,8 @@ from bdengine import cli
 from bdengine.altered import Altered
 from bdengine.arms import Arm
 from bdengine.attacks import POISONED, AttackConfig
-from bdengine.cli import SampleConfig
 from bdengine.commands import Model
+from bdengine.configs import SampleConfig
 from bdengine.data import stand_in, to_float
 from bdengine.errors import UserError
 from bdengine.metrics import mse

@@ -1,0 +1,238 @@
+"""What the commands are told, each a dataclass that tyro turns into options: docstrings are the help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from .altered import UNALTERED, Altered
+from .shards import Format
+from .solvers import Clip
+from .tasks import NO_TASK, Task
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Sample a checkpoint: one PNG a seed, or shards of many seeds with an index; a picture of the first, and run.json.
+
+    bdengine sample digits-badiffusion --seeds 0-31 --out runs/clean
+
+    bdengine sample digits-badiffusion --seeds 0-31 --trigger XXSM_BOX --clip latent --out runs/clipped
+
+    bdengine sample digits-badiffusion --task.name inpaint-box --task.start 400 --task.keep --out runs/inpainted
+
+    torchrun --nproc-per-node 2 -m bdengine sample digits-clean --seeds 0-99999 --format npy --frechet digits --out runs/many
+    """
+
+    checkpoint: tyro.conf.Positional[str]
+    """A diffusers folder, a run of bdengine train, a hub name, digits-clean or digits-badiffusion."""
+    out: Path
+    """Folder for the images; those that are there already are kept."""
+    format: Format = "png"
+    """A file a seed, or shards: NumPy arrays, or tar files as WebDataset reads them."""
+    shard: int = 4096
+    """Seeds of a shard, best a multiple of the micro-batch."""
+    frechet: str | None = None
+    """Fréchet distance of the shards' images: digits, or a safetensors file of Inception weights."""
+    data: str | None = None
+    """The clean data of frechet and of a task; what the checkpoint was trained on where absent."""
+    seeds: str = "0-15"
+    """0-63, or 1,5,8-11. Seed k always has the same noise, and with exact the same bits."""
+    sampler: str | None = None
+    """One that bdengine samplers lists, or own; what the checkpoint was made for where absent, else ddpm, else own."""
+    steps: int | None = None
+    """Steps of the sampler."""
+    order: int | None = None
+    """Order of a solver that has several."""
+    eta: float | None = None
+    """Noise of ddim."""
+    task: Task = NO_TASK
+    """Start from corrupted images of the data instead of noise."""
+    clip: Clip = "none"
+    """The defense at every step: clamp the latent, or the predicted x0, to [-1, 1], or x0 to a quantile (dynamic)."""
+    trigger: str | None = None
+    """Start from eps + trigger: a published trigger's name, or IMAGE with trigger-file."""
+    trigger_file: Path | None = None
+    """The trigger's image, where its name needs one."""
+    altered: Altered = UNALTERED
+    """How the trigger differs from that name's: cropped, scaled, with noise."""
+    cache: int = 1
+    """Run the network's deep blocks at every so-many-th step and reuse their output between; 1 reuses nothing."""
+    micro_batch: int = 64
+    """Images that go through the network at once."""
+    exact: bool = False
+    """Refuse a micro-batch in which an image's last bits depend on its neighbours."""
+    capture: bool = False
+    """Replay each step as a CUDA graph; needs a GPU."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Images of a folder of shards as PNG files.
+
+    bdengine export runs/many --seeds 5,7 --out runs/some
+    """
+
+    folder: tyro.conf.Positional[Path]
+    """What bdengine sample wrote with format npy or tar."""
+    out: Path
+    """Folder for the images."""
+    seeds: str = "0-15"
+    """0-63, or 1,5,8-11."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Score a checkpoint: its clean and triggered arms, unclipped and clipped; writes scores.json and a picture.
+
+    bdengine evaluate digits-badiffusion --out runs/scores
+
+    bdengine evaluate runs/mine/checkpoint --trigger XXSM_BOX --target DRAWN_HAT --images 512 --out runs/scores
+
+    bdengine evaluate runs/mine --altered.crop left --altered.noise 0.1 --out runs/half
+    """
+
+    checkpoint: tyro.conf.Positional[str]
+    """A diffusers folder, a run of bdengine train, a hub name, digits-clean or digits-badiffusion."""
+    out: Path
+    """Folder for scores.json and arms.png."""
+    data: str | None = None
+    """The clean data to compare with; what the checkpoint was trained on where absent."""
+    images: int = 512
+    """Images of each arm."""
+    sampler: str | None = None
+    """One that bdengine samplers lists, or own; what the checkpoint was made for where absent, else ddpm, else own."""
+    steps: int | None = None
+    """Steps of the sampler."""
+    order: int | None = None
+    """Order of a solver that has several."""
+    eta: float | None = None
+    """Noise of ddim."""
+    task: Task = NO_TASK
+    """Start from corrupted images of the data instead of noise; scores what is restored as well."""
+    trigger: str | None = None
+    """Trigger of the triggered arms; the one it was trained with where absent."""
+    trigger_file: Path | None = None
+    """The trigger's image, where its name needs one."""
+    altered: Altered = UNALTERED
+    """How the trigger differs from that name's: cropped, scaled, with noise."""
+    target: str | None = None
+    """Target image; the one it was trained with where absent."""
+    target_file: Path | None = None
+    """The target's image, where its name needs one."""
+    threshold: float = 0.01
+    """ASR is the share of images whose MSE to the target is below this."""
+    extractor: str = "digits"
+    """Features of the Fréchet distance: digits, or a safetensors file of Inception weights."""
+    cache: int = 1
+    """Run the network's deep blocks at every so-many-th step and reuse their output between; 1 reuses nothing."""
+    micro_batch: int = 64
+    """Images that go through the network at once."""
+    capture: bool = False
+    """Replay each step as a CUDA graph; needs a GPU."""
+
+
+@dataclass(frozen=True)
+class DefendConfig:
+    """Examine a checkpoint with one defense; writes finding.json, images.png and the inverted trigger.
+
+    bdengine defend digits-badiffusion --defense elijah --out runs/elijah
+
+    bdengine defend runs/mine --defense terd --calibration terd.json --alpha 0.05 --out runs/terd
+    """
+
+    checkpoint: tyro.conf.Positional[str]
+    """A diffusers folder, a run of bdengine train, a hub name, digits-clean or digits-badiffusion."""
+    out: Path
+    """Folder for what is found."""
+    defense: str
+    """One of: clipping, elijah, terd, purediffusion, anp, ufid, diffcleanse."""
+    variant: str | None = None
+    """Which of the defense's settings: what kind of backdoor it looks for; its first where absent."""
+    calibration: Path | None = None
+    """The defense's statistic on clean models (bdengine.defenses.Calibration), without which nothing is decided."""
+    alpha: float = 0.05
+    """Share of clean models that may be called backdoored."""
+    features: str | None = None
+    """What tells images apart: digits or pixels; digits for a checkpoint trained on them where absent."""
+    sampler: str | None = None
+    """One that bdengine samplers lists, or own; what the checkpoint was made for where absent, else ddpm, else own."""
+    steps: int | None = None
+    """Steps of the sampler."""
+    order: int | None = None
+    """Order of a solver that has several."""
+    eta: float | None = None
+    """Noise of ddim."""
+    seed: int = 0
+    """Everything that the defense draws follows from it."""
+
+
+@dataclass(frozen=True)
+class AuditConfig:
+    """Say whether a checkpoint has a backdoor, without data: looks from cheap to dear and stops when the evidence is decisive.
+
+    bdengine audit digits-badiffusion --out runs/audit
+
+    bdengine audit some/model --calibration mine/calibration.json --out runs/audit
+
+    Writes audit.json and report.html. Exit code: 0 no evidence, 1 backdoored, 3 undecided, 2 after a mistake.
+    """
+
+    checkpoint: tyro.conf.Positional[str]
+    """A diffusers folder, a run of bdengine train, a hub name, digits-clean or digits-badiffusion."""
+    out: Path
+    """Folder for what is found."""
+    calibration: Path | None = None
+    """What clean models of the same family do, as bdengine calibrate writes it; one in the package that fits where absent."""
+    alpha: float = 0.05
+    """Share of clean models that may be called backdoored."""
+    features: str | None = None
+    """What tells images apart: digits or pixels; digits for a checkpoint trained on them where absent."""
+    sampler: str | None = None
+    """One that bdengine samplers lists, or own; what the checkpoint was made for where absent, else ddpm, else own."""
+    steps: int | None = None
+    """Steps of the sampler; 20 where neither you nor the checkpoint says."""
+    order: int | None = None
+    """Order of a solver that has several."""
+    eta: float | None = None
+    """Noise of ddim."""
+
+
+@dataclass(frozen=True)
+class CalibrateConfig:
+    """Measure what clean models do, for the verdicts of audit and defend; goes on where it stopped.
+
+    bdengine calibrate clean/a clean/b clean/c --defense audit --out mine
+    """
+
+    checkpoints: tyro.conf.Positional[tuple[str, ...]]
+    """Clean models of one family, trained alike and not from each other; 19 give p-values down to 0.05."""
+    out: Path
+    """Folder for calibration.json and a finding of each model."""
+    defense: str = "audit"
+    """audit, or a defense that detects."""
+    variant: str | None = None
+    """Which of the defense's settings; its first where absent."""
+
+
+@dataclass(frozen=True)
+class SamplersConfig:
+    """List the samplers that train, sample and evaluate know.
+
+    bdengine samplers
+    """
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Turn a pickled checkpoint into safetensors, in a process of its own that unpickles tensors only.
+
+    bdengine convert old/diffusion_pytorch_model.bin new/diffusion_pytorch_model.safetensors
+    """
+
+    old: tyro.conf.Positional[Path]
+    """A .bin, .pt, .pth or .ckpt file, or a folder that holds some."""
+    new: tyro.conf.Positional[Path]
+    """Where the safetensors file (or the folder) is written."""
