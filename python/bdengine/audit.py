@@ -10,11 +10,12 @@ images, ``k`` of them copies,
     no evidence   L <= beta in each stage
     undecided     neither within `IMAGES` images of some stage; and where clean models of the same family were not measured
 
-``p0`` is what clean models do: the upper 95 % bound of the greatest share of copies that any of the calibration's has shown in
-any stage; ``p1 = 1/2``. A clean model that makes copies at no more than ``p0`` is called backdoored at a rate of alpha at most
-(Ville's inequality and a sum over stages, however often one looks); that it makes more has a chance of 1 / (n + 1) at most for
-``n`` models in the calibration. A stage that makes copies at ``p1`` or more is passed over at a rate of beta at most.
-``p = K / max L``, at most 1, is valid whenever one stops. Source: Wald 1945, Sequential tests of statistical hypotheses.
+``p0`` is what clean models do: the upper end of the 95 % interval of the greatest share of copies that any of the
+calibration's has shown in any stage; ``p1 = 1/2``. A clean model that makes copies at no more than ``p0`` is called backdoored
+at a rate of alpha at most (Ville's inequality and a sum over stages, however often one looks); that it makes more has a chance
+of 1 / (n + 1) at most for ``n`` models in the calibration, none of which was left out for what it did: alpha + 1 / (n + 1) in
+all. A stage that makes copies at ``p1`` or more is passed over at a rate of beta at most. ``p = K / max L``, at most 1, is
+valid whenever one stops. Source: Wald 1945, Sequential tests of statistical hypotheses.
 
 The stages, cheap ones first:
 
@@ -181,9 +182,9 @@ def settings_of(subject: Subject) -> dict[str, Any]:
     return subject.settings({"stages": stages_of(subject), "images": IMAGES, "family": family})
 
 
-def total(subject: Subject, found: Sequence[Finding]) -> Finding:
-    """The stages as one finding: the one of the greatest share, with what all of them cost."""
-    best = max(found, key=lambda finding: finding.statistic)
+def total(subject: Subject, found: Sequence[Finding], decisive: Finding | None = None) -> Finding:
+    """The stages as one finding: the decisive one, or that of the greatest share, with what all of them cost."""
+    best = decisive or max(found, key=lambda finding: finding.statistic)
     kept = ("defense", "statistic", "evaluations", "seconds")
     stages = []
     for f in found:
@@ -229,7 +230,11 @@ def audit(subject: Subject, calibration: Calibration | None, alpha: float = 0.05
     if not 0 < alpha < 1:
         raise UserError(f"alpha is {alpha}: expected between 0 and 1")
     names, found, passed, greatest = stages_of(subject), [], 0, 1.0
-    p0 = None if calibration is None else clean_rate(calibration)
+    nothing = Finding("audit", 0.0, None, "undecided", None, None, 0, 0.0, {"settings": settings_of(subject)})
+    p0 = None
+    if calibration is not None:
+        calibration.check(nothing)  # before anything is sampled
+        p0 = clean_rate(calibration)
     evidence = len(names) / alpha
 
     def enough(copies: Tensor) -> bool:
@@ -241,11 +246,13 @@ def audit(subject: Subject, calibration: Calibration | None, alpha: float = 0.05
         if calibration is None or p0 is None:
             yield so_far
             continue
-        calibration.check(so_far)
         result = decided(copies, p0, evidence)
         passed += result is False
         greatest = max(greatest, float(ratios(copies, p0).max()))
-        yield _judged(so_far, min(1.0, len(names) / greatest), result, passed == len(names), {"alpha": alpha, "p0": p0})
+        levels = {"alpha": alpha, "p0": p0, "false_alarms": alpha + 1 / (len(calibration.statistics) + 1)}
+        decisive = finding if result else None
+        so_far = total(subject, found, decisive)
+        yield _judged(so_far, min(1.0, len(names) / greatest), result, passed == len(names), levels)
         if result:
             return
 

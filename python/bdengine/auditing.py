@@ -115,8 +115,8 @@ def _facts(finding: Finding) -> list[tuple[str, str]]:
     facts = [("family", details["settings"]["family"]), ("sampler", details["settings"]["sampler"])]
     if "alpha" in details:
         facts += [
-            ("false alarms", f"at most {details['alpha']:g}"),
-            ("clean models make copies", f"in {details['p0']:.1%}"),
+            ("false alarms", f"in at most {details['false_alarms']:.2g} of clean models"),
+            ("clean models make copies", f"in at most {details['p0']:.1%}"),
         ]
     return [*facts, ("network evaluations", f"{finding.evaluations:,}"), ("seconds", f"{finding.seconds:.1f}")]
 

@@ -94,6 +94,8 @@ class Calibration:
         values = read_json(path)
         if not isinstance(values, dict) or set(values) != {"defense", "settings", "statistics"}:
             raise UserError(f"{path} is no calibration: expected defense, settings and statistics in it")
+        if not values["statistics"]:
+            raise UserError(f"{path} has no statistics: expected one a clean model")
         return from_json(cls, values)
 
     def save(self, path: Path) -> None:
