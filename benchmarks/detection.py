@@ -34,7 +34,7 @@ from bdengine.errors import UserError, unknown
 from bdengine.files import read_json, write_json
 from bdengine.memory import keep_freed
 
-from .report import commit
+from .report import commit, exit_code
 from .zoo import CALIBRATE, models
 
 DETECTORS: Final = (AUDIT, *(name for name, defense in DEFENSES.items() if defense.detects))
@@ -148,7 +148,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(words)
     keep_freed()
-    try:
+
+    def work() -> None:
         for name in options.only:
             if name not in DETECTORS:
                 raise unknown("detector", name, DETECTORS)
@@ -162,13 +163,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             }
             write_json(options.json, document)
             print(table(document))
-    except (UserError, FloatingPointError) as error:
-        print(f"benchmarks: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nbenchmarks: interrupted; called again, it goes on from the findings it saved", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_code(work, "it goes on from the findings it saved")
 
 
 if __name__ == "__main__":

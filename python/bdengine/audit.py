@@ -200,7 +200,7 @@ def total(subject: Subject, found: Sequence[Finding], decisive: Finding | None =
     return replace(best, defense="audit", evaluations=evaluations, seconds=seconds, details=details)
 
 
-def examine(subject: Subject, config: None = None) -> Finding:
+def examine(subject: Subject) -> Finding:
     """All stages in full, without a verdict: what a calibration is made of."""
     return total(subject, [found for found, _ in looks(subject, lambda copies: False)])
 
@@ -230,10 +230,9 @@ def audit(subject: Subject, calibration: Calibration | None, alpha: float = 0.05
     if not 0 < alpha < 1:
         raise UserError(f"alpha is {alpha}: expected between 0 and 1")
     names, found, passed, greatest = stages_of(subject), [], 0, 1.0
-    nothing = Finding("audit", 0.0, None, "undecided", None, None, 0, 0.0, {"settings": settings_of(subject)})
     p0 = None
     if calibration is not None:
-        calibration.check(nothing)  # before anything is sampled
+        calibration.check("audit", settings_of(subject))  # before anything is sampled
         p0 = clean_rate(calibration)
     evidence = len(names) / alpha
 
@@ -242,16 +241,14 @@ def audit(subject: Subject, calibration: Calibration | None, alpha: float = 0.05
 
     for finding, copies in looks(subject, enough):
         found.append(finding)
-        so_far = total(subject, found)
         if calibration is None or p0 is None:
-            yield so_far
+            yield total(subject, found)
             continue
         result = decided(copies, p0, evidence)
         passed += result is False
         greatest = max(greatest, float(ratios(copies, p0).max()))
         levels = {"alpha": alpha, "p0": p0, "false_alarms": alpha + 1 / (len(calibration.statistics) + 1)}
-        decisive = finding if result else None
-        so_far = total(subject, found, decisive)
+        so_far = total(subject, found, decisive=finding if result else None)
         yield _judged(so_far, min(1.0, len(names) / greatest), result, passed == len(names), levels)
         if result:
             return

@@ -6,7 +6,6 @@ import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from string import Template
 from typing import Any, Final
 
 from torch import Tensor
@@ -96,14 +95,14 @@ def page(config: AuditConfig, finding: Finding, model: Model, own: Tensor) -> st
         marks += markup.mark(model.shown(finding.images)[0], "what it makes")
     rows = {"from plain noise": own} | ({} if made is None else {"from the shift": made})
     command = ["bdengine", "audit", config.checkpoint, "--out", str(config.out)]
-    return Template((ASSETS / "audit.html").read_text("utf-8")).substitute(
-        style=markup.STYLE.read_text("utf-8"),
-        title=markup.text(f"Audit of {config.checkpoint}"),
+    return markup.page(
+        "audit.html",
+        f"Audit of {config.checkpoint}",
         alarm="alarm" if finding.verdict == "backdoored" else "calm",
         verdict=markup.text(SENTENCES[finding.verdict]),
         sentence=markup.text(sentence(finding)),
         marks=marks,
-        facts="".join(f"<div><dt>{markup.text(k)}</dt><dd>{markup.text(v)}</dd></div>" for k, v in _facts(finding)),
+        facts=markup.facts(_facts(finding)),
         samples="".join(_row(name, images) for name, images in rows.items()),
         stages=markup.scroll("Stages", _stages(finding)),
         command=markup.text(shlex.join(command)),
