@@ -7,6 +7,7 @@ The formulas are in `bdkernels.columns`, the noise contract in `bdkernels.noise`
 """
 
 from .backends import BACKENDS, use_backend
+from .block import Weights as BlockWeights
 from .columns import (
     HISTORY_SLOTS,
     NOISING_COLUMNS,
@@ -26,7 +27,18 @@ from .noise import (
     STREAM_TIMESTEP,
     STREAM_TRAINING,
 )
-from .ops import NO_BAD_ROW, bind_step, conv3x3, fused_loss, fused_noising, fused_step, fused_step_, group_norm, normal
+from .ops import (
+    NO_BAD_ROW,
+    bind_step,
+    conv3x3,
+    fused_loss,
+    fused_noising,
+    fused_step,
+    fused_step_,
+    group_norm,
+    normal,
+    residual_block,
+)
 
 __all__ = [
     "BACKENDS",
@@ -43,6 +55,7 @@ __all__ = [
     "STREAM_STEP",
     "STREAM_TIMESTEP",
     "STREAM_TRAINING",
+    "BlockWeights",
     "Noising",
     "Step",
     "Store",
@@ -54,6 +67,7 @@ __all__ = [
     "fused_step_",
     "group_norm",
     "normal",
+    "residual_block",
     "use_backend",
 ]
 

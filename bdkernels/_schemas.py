@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import native, reference
-from .backends import backend_for
+from . import block, reference
+from .backends import backend_for, conv_backend, norm_backend
 from .noise import STREAM_STEP
 
 _STEP = (
@@ -38,6 +38,14 @@ _lib.define(
 _lib.define("conv3x3(Tensor x, Tensor weight, Tensor? bias, Tensor? skip, bool upsample) -> Tensor")
 _lib.define("conv3x3_input_gradient(Tensor dy, Tensor weight, bool upsample) -> Tensor")
 _lib.define("conv3x3_weight_gradient(Tensor dy, Tensor x, bool upsample) -> (Tensor, Tensor)")
+_lib.define(
+    f"residual_block(Tensor x, Tensor? shift, {block.WEIGHTS}, int groups, float eps)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_lib.define(
+    f"residual_block_backward(Tensor dy, Tensor x, Tensor? shift, {block.SAVED}, {block.WEIGHTS}, int groups, bool asked)"
+    " -> Tensor[]"
+)
 
 
 def _normal(seeds: Tensor, step: Tensor, stream: int, shape: list[int], dtype: torch.dtype) -> Tensor:
@@ -62,36 +70,24 @@ def _fused_loss(prediction: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return backend_for(prediction.device, prediction.dtype).fused_loss(prediction, *rest)
 
 
-def _norm_backend(x: Tensor) -> Any:
-    """Only the CPU has kernels of its own for it, and for float32 in channels-last."""
-    backend = backend_for(x.device, x.dtype)
-    return backend if backend is native and native.serves_norm(x) else reference
-
-
 def _group_norm(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _norm_backend(x).group_norm(x, *rest)
+    return norm_backend(x).group_norm(x, *rest)
 
 
 def _group_norm_backward(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _norm_backend(x).group_norm_backward(dy, x, *rest)
-
-
-def _conv_backend(x: Tensor, filters: int) -> Any:
-    """Only the CPU has kernels of its own for it, as for the norm, and for channels and filters in sixteens."""
-    backend = backend_for(x.device, x.dtype)
-    return backend if backend is native and native.serves_conv(x, filters) else reference
+    return norm_backend(x).group_norm_backward(dy, x, *rest)
 
 
 def _conv3x3(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    return _conv_backend(x, len(weight)).conv3x3(x, weight, *rest)
+    return conv_backend(x, len(weight)).conv(x, weight, *rest)
 
 
 def _conv3x3_input_gradient(dy: Tensor, weight: Tensor, upsample: bool) -> Tensor:
-    return _conv_backend(dy, weight.shape[1]).conv3x3_input_gradient(dy, weight, upsample)
+    return conv_backend(dy, weight.shape[1]).conv_input_gradient(dy, weight, upsample)
 
 
 def _conv3x3_weight_gradient(dy: Tensor, x: Tensor, upsample: bool) -> tuple[Tensor, Tensor]:
-    return _conv_backend(x, dy.shape[1]).conv3x3_weight_gradient(dy, x, upsample)
+    return conv_backend(x, dy.shape[1]).conv_weight_gradient(dy, x, upsample)
 
 
 for _name, _impl in {
@@ -105,6 +101,8 @@ for _name, _impl in {
     "conv3x3": _conv3x3,
     "conv3x3_input_gradient": _conv3x3_input_gradient,
     "conv3x3_weight_gradient": _conv3x3_weight_gradient,
+    "residual_block": block.forward,
+    "residual_block_backward": block.backward,
 }.items():
     _lib.impl(_name, _impl, "CompositeExplicitAutograd")
 
@@ -251,3 +249,39 @@ def _conv_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("bdk::conv3x3", _conv_backward, setup_context=_conv_context, lib=_lib)
+
+
+@torch.library.register_fake("bdk::residual_block", lib=_lib)
+def _(x: Tensor, shift: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    weights, groups = block.Weights(*rest[:-2]), rest[-2]
+    out, h, b = (_new_images(x, len(weights.conv1_weight), *x.shape[2:]) for _ in range(3))
+    first, second = (x.new_empty(len(x), groups, 2) for _ in range(2))
+    return out, torch.empty_like(x), h, b, first, second
+
+
+@torch.library.register_fake("bdk::residual_block_backward", lib=_lib)
+def _(dy: Tensor, x: Tensor, shift: Tensor | None, *rest: Any) -> list[Tensor]:
+    *tensors, _, asked = rest
+    weights = zip(block.Weights._fields, tensors[len(block.Saved._fields) :], strict=True)
+    found = [x, shift, *(v if asked or name.startswith("norm") else None for name, v in weights)]
+    return [x.new_empty(0) if v is None else torch.empty_like(v) for v in found]
+
+
+def _block_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.groups, _ = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _block_backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    count, needs = 2 + len(block.Weights._fields), ctx.needs_input_grad
+    if dy is None:
+        return (None,) * (count + 2)
+    x, shift, *rest = ctx.saved_tensors
+    weights, saved = rest[: count - 2], rest[count - 2 :]
+    found = torch.ops.bdk.residual_block_backward(dy, x, shift, *saved, *weights, ctx.groups, any(needs[2:]))
+    return (*(v if need else None for v, need in zip(found, needs, strict=False)), None, None)
+
+
+torch.library.register_autograd("bdk::residual_block", _block_backward, setup_context=_block_context, lib=_lib)

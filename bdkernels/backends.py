@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import Any, Final
 
 import torch
+from torch import Tensor
 
 from . import native, reference
 
@@ -106,3 +107,15 @@ def name_for(device: torch.device, dtype: torch.dtype) -> str:
 def backend_for(device: torch.device, dtype: torch.dtype) -> Any:
     """The module that implements the ops on ``device``."""
     return _module(name_for(device, dtype))
+
+
+def norm_backend(x: Tensor) -> Any:
+    """Only the CPU has kernels of its own for it, and for float32 in channels-last."""
+    backend = backend_for(x.device, x.dtype)
+    return backend if backend is native and native.serves_norm(x) else reference
+
+
+def conv_backend(x: Tensor, filters: int) -> Any:
+    """Only the CPU has kernels of its own for it, as for the norm, and for channels and filters in sixteens."""
+    backend = backend_for(x.device, x.dtype)
+    return backend if backend is native and native.serves_conv(x, filters) else reference

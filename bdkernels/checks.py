@@ -8,6 +8,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from .block import Weights
 from .columns import HISTORY_SLOTS, NOISING_COLUMNS, STEP_COLUMNS
 
 FLOATS: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -190,3 +191,34 @@ def check_conv(x: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor | No
     shape = (x.shape[0], weight.shape[0], x.shape[2] * scale, x.shape[3] * scale)
     if skip is not None and skip.shape != shape:
         raise ValueError(f"skip has shape {tuple(skip.shape)}: expected {shape}")
+
+
+def check_block(x: Tensor, weights: Weights, groups: int, shift: Tensor | None) -> None:
+    """Arguments of `bdkernels.residual_block`."""
+    check_norm(x, weights.norm1_weight, weights.norm1_bias, groups, None)
+    channels, filters = x.shape[1], len(weights.conv1_weight)
+    if filters % groups:
+        raise ValueError(f"groups is {groups}: expected a divisor of {filters} filters")
+    if (weights.shortcut_weight is None) != (weights.shortcut_bias is None):
+        raise ValueError("shortcut_weight and shortcut_bias: expected both or neither")
+    if weights.shortcut_weight is None and channels != filters:
+        raise ValueError(f"no shortcut_weight: expected one, from {channels} channels to {filters} filters")
+    shapes = {
+        "conv1_weight": (filters, channels, 3, 3),
+        "conv2_weight": (filters, filters, 3, 3),
+        "shortcut_weight": (filters, channels, 1, 1),
+    }
+    for name, value in zip(weights._fields[2:], weights[2:], strict=True):
+        if value is None:
+            continue
+        shape = shapes.get(name, (filters,))
+        if value.shape != shape or (len(shape) == 1 and not value.is_contiguous()):
+            raise ValueError(f"{name} has shape {tuple(value.shape)}: expected {shape}, contiguous")
+        if value.dtype != x.dtype or value.device != x.device:
+            check_dtype(name, value, (x.dtype,))
+            check_device(name, value, x.device)
+    if shift is not None:
+        check_dtype("shift", shift, (x.dtype,))
+        check_device("shift", shift, x.device)
+        if shift.shape not in ((1, filters), (len(x), filters)) or not shift.is_contiguous():
+            raise ValueError(f"shift has shape {tuple(shift.shape)}: expected (1 or {len(x)}, {filters}), contiguous")

@@ -88,6 +88,14 @@ fused_noising = _ops.fused_noising
 fused_loss = _ops.fused_loss
 
 
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 def serves_norm(x: Tensor) -> bool:
     """Whether `group_norm` has a kernel for ``x``."""
     fits: bool = x.dtype == torch.float32 and x.shape[1] <= _module().MOST_CHANNELS
@@ -112,11 +120,12 @@ def group_norm_backward(
     groups: int,
     shift: Tensor | None,
     silu: bool,
+    rest: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients in ``x``, ``weight`` and ``bias``."""
+    """Gradients in ``x``, to which ``rest`` is added, ``weight`` and ``bias``."""
     dx, (dweight, dbias) = torch.empty_like(x), torch.empty(2, len(x), x.shape[1])
-    dy = dy.contiguous(memory_format=torch.channels_last)
-    _norm(x, x, weight, bias, statistics, groups, 0.0, shift, silu, (dy, dx, dweight, dbias))
+    dy, rest = _channels_last(dy), None if rest is None else _channels_last(rest)
+    _norm(x, x, weight, bias, statistics, groups, 0.0, shift, silu, (dy, rest, dx, dweight, dbias))
     return dx, dweight.sum(0), dbias.sum(0)
 
 
@@ -130,13 +139,13 @@ def _norm(
     eps: float,
     shift: Tensor | None,
     silu: bool,
-    backward: tuple[Tensor, ...],
+    backward: tuple[Tensor | None, ...],
 ) -> None:
     stride = 0 if shift is None or len(shift) == 1 else x.shape[1]
     _module().group_norm(
         x.data_ptr(),
         out.data_ptr(),
-        0 if shift is None else shift.data_ptr(),
+        _address(shift),
         stride,
         weight.data_ptr(),
         bias.data_ptr(),
@@ -145,23 +154,23 @@ def _norm(
         groups,
         eps,
         silu,
-        *([tensor.data_ptr() for tensor in backward] or [0] * 4),
+        *(map(_address, backward) if backward else (0,) * 5),
         torch.get_num_threads(),
     )
 
 
 def serves_conv(x: Tensor, filters: int) -> bool:
-    """Whether `conv3x3` has a kernel for ``x``."""
+    """Whether `conv` has a kernel for ``x``."""
     fits = x.dtype == torch.float32 and x.shape[1] % 16 == 0 and filters % 16 == 0 and x.numel() > 0
     return fits and reference.layout_of(x) == torch.channels_last
 
 
-def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor | None, upsample: bool) -> Tensor:
-    """See `bdkernels.conv3x3`."""
+def conv(x: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor | None, upsample: bool = False) -> Tensor:
+    """See `bdkernels.conv3x3`; filters of 1 x 1 as well."""
     return _convolved(x, weight, bias, skip, len(weight), doubled=upsample)
 
 
-def conv3x3_input_gradient(dy: Tensor, weight: Tensor, upsample: bool) -> Tensor:
+def conv_input_gradient(dy: Tensor, weight: Tensor, upsample: bool = False) -> Tensor:
     """Gradient in ``x``."""
     return _convolved(dy, weight, None, None, weight.shape[1], halved=upsample, turned=True)
 
@@ -181,11 +190,9 @@ def _convolved(
     shape = (n, c, 2 * h, 2 * w) if doubled else (n, c, h, w)
     high, wide = (h // 2, w // 2) if halved else shape[2:]
     out = torch.empty((n, filters, high, wide), memory_format=torch.channels_last)
-    weight = weight.contiguous(memory_format=torch.channels_last)
-    if skip is not None:
-        skip = skip.contiguous(memory_format=torch.channels_last)
-    addresses = (0 if tensor is None else tensor.data_ptr() for tensor in (x, weight, bias, skip, out))
-    _module().conv3x3(*addresses, shape, filters, doubled, halved, turned, torch.get_num_threads())
+    weight, skip = _channels_last(weight), None if skip is None else _channels_last(skip)
+    addresses = map(_address, (x, weight, bias, skip, out))
+    _module().conv(*addresses, shape, filters, weight.shape[2], doubled, halved, turned, torch.get_num_threads())
     return out
 
 
@@ -193,14 +200,14 @@ _FEWEST_TILES: Final = 128
 """Over fewer, a weight's gradient is a short sum, and terms that are larger than the plain sum's show: 3 times the error."""
 
 
-def conv3x3_weight_gradient(dy: Tensor, x: Tensor, upsample: bool) -> tuple[Tensor, Tensor]:
-    """Gradients in ``weight`` and ``bias``."""
+def conv_weight_gradient(dy: Tensor, x: Tensor, upsample: bool = False, side: int = 3) -> tuple[Tensor, Tensor]:
+    """Gradients in ``weight``, of ``side`` by ``side``, and ``bias``."""
     n, filters, h, w = dy.shape
-    if n * ((h + 1) // 2) * ((w + 1) // 2) < _FEWEST_TILES:
-        return reference.conv3x3_weight_gradient(dy, x, upsample)
-    dy = dy.contiguous(memory_format=torch.channels_last)
-    dweight = torch.empty((filters, x.shape[1], 3, 3), memory_format=torch.channels_last)
+    if side == 3 and n * ((h + 1) // 2) * ((w + 1) // 2) < _FEWEST_TILES:
+        return reference.conv_weight_gradient(dy, x, upsample)
+    dweight = torch.empty((filters, x.shape[1], side, side), memory_format=torch.channels_last)
     dbias = torch.empty(filters)
-    addresses = (tensor.data_ptr() for tensor in (x, dy, dweight, dbias))
-    _module().conv3x3_filters(*addresses, (n, x.shape[1], h, w), filters, upsample, torch.get_num_threads())
+    dy = _channels_last(dy)
+    addresses = map(_address, (x, dy, dweight, dbias))
+    _module().conv_filters(*addresses, (n, x.shape[1], h, w), filters, side, upsample, torch.get_num_threads())
     return dweight, dbias

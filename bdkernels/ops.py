@@ -14,8 +14,10 @@ from torch import Tensor
 
 from . import _schemas  # noqa: F401  defines torch.ops.bdk
 from .backends import backend_for
+from .block import Weights
 from .checks import (
     FLOATS,
+    check_block,
     check_conv,
     check_device,
     check_dtype,
@@ -350,3 +352,29 @@ def conv3x3(
     """
     check_conv(x, weight, bias, skip, upsample)
     return torch.ops.bdk.conv3x3(x, weight, bias, skip, upsample)
+
+
+def residual_block(
+    x: Tensor, weights: Weights, groups: int, *, shift: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """``conv2(silu(norm2(conv1(silu(norm1(x))) + shift))) + shortcut(x)``: differentiable, once.
+
+    Its parts are those of `group_norm` and `conv3x3`, with their kernels; the shortcut has one of its own for the same
+    channels and filters. It is a call where they would be five, each with 65 us of its own when training on a CPU.
+
+    Args:
+        x: float [N, C, H, W].
+        weights: ``x``'s dtype.
+        groups: Of both norms; divides C and K.
+        shift: [N or 1, K], ``x``'s dtype: a time embedding.
+        eps: Added to the variances.
+
+    Returns:
+        [N, K, H, W], of ``x``'s dtype and layout.
+
+    Raises:
+        TypeError: A wrong dtype.
+        ValueError: A wrong shape or device.
+    """
+    check_block(x, weights, groups, shift)
+    return torch.ops.bdk.residual_block(x, shift, *weights, groups, eps)[0]

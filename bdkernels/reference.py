@@ -313,8 +313,9 @@ def group_norm_backward(
     groups: int,
     shift: Tensor | None,
     silu: bool,
+    rest: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients in ``x``, ``weight`` and ``bias``: dx = inverse (d w - mean(d w) - n mean(d w n)), d = dy silu'(u)."""
+    """Gradients in ``x``, ``weight`` and ``bias``: dx = inverse (d w - mean(d w) - n mean(d w n)) + rest, d = dy silu'(u)."""
     n, _, h, w = x.shape
     v = x if shift is None else x + shift[:, :, None, None]
     mean, inverse = (s.to(x.dtype)[:, :, None, None] for s in statistics.unbind(-1))
@@ -328,7 +329,8 @@ def group_norm_backward(
     one = weighted.mean((2, 3), keepdim=True)
     with_n = (weighted * normalised.reshape(weighted.shape)).mean((2, 3), keepdim=True)
     dx = (weighted - one - normalised.reshape(weighted.shape) * with_n) * inverse
-    return dx.reshape(x.shape), (d * normalised).sum((0, 2, 3)), d.sum((0, 2, 3))
+    dx = dx.reshape(x.shape)
+    return dx if rest is None else dx + rest, (d * normalised).sum((0, 2, 3)), d.sum((0, 2, 3))
 
 
 def layout_of(x: Tensor) -> torch.memory_format:
@@ -341,29 +343,29 @@ def _upsampled(x: Tensor, upsample: bool) -> Tensor:
     return F.interpolate(x, scale_factor=2.0, mode="nearest") if upsample else x
 
 
-def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor | None, upsample: bool) -> Tensor:
-    """See `bdkernels.conv3x3`."""
-    out = F.conv2d(_upsampled(x, upsample), weight, bias, padding=1)
+def conv(x: Tensor, weight: Tensor, bias: Tensor | None, skip: Tensor | None, upsample: bool = False) -> Tensor:
+    """See `bdkernels.conv3x3`; filters of 1 x 1 as well."""
+    out = F.conv2d(_upsampled(x, upsample), weight, bias, padding=weight.shape[2] // 2)
     return (out if skip is None else out + skip).contiguous(memory_format=layout_of(x))
 
 
-def conv3x3_input_gradient(dy: Tensor, weight: Tensor, upsample: bool) -> Tensor:
+def conv_input_gradient(dy: Tensor, weight: Tensor, upsample: bool = False) -> Tensor:
     """Gradient in ``x``: the convolution by the filters turned about, of which upsampling's adjoint sums each four."""
-    dx = F.conv2d(dy, weight.transpose(0, 1).flip(2, 3), padding=1)
+    dx = F.conv2d(dy, weight.transpose(0, 1).flip(2, 3), padding=weight.shape[2] // 2)
     dx = 4 * F.avg_pool2d(dx, 2) if upsample else dx
     return dx.contiguous(memory_format=layout_of(dy))
 
 
-def conv3x3_weight_gradient(dy: Tensor, x: Tensor, upsample: bool) -> tuple[Tensor, Tensor]:
-    """Gradients in ``weight`` and ``bias``."""
-    weight = x.new_empty((dy.shape[1], x.shape[1], 3, 3))
+def conv_weight_gradient(dy: Tensor, x: Tensor, upsample: bool = False, side: int = 3) -> tuple[Tensor, Tensor]:
+    """Gradients in ``weight``, of ``side`` by ``side``, and ``bias``."""
+    weight = x.new_empty((dy.shape[1], x.shape[1], side, side))
     _, dweight, dbias = torch.ops.aten.convolution_backward(
         dy,
         _upsampled(x, upsample),
         weight,
         [len(weight)],
         [1, 1],
-        [1, 1],
+        [side // 2, side // 2],
         [1, 1],
         False,
         [0, 0],

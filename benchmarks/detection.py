@@ -5,9 +5,10 @@
     torchrun --nproc-per-node 2 -m benchmarks.detection ...                    the same on two cores
     python -m benchmarks.detection --zoo runs/zoo --out runs/detection --json benchmarks/results/detection.json
 
-A detector is told nothing of the attack: its first variant examines every model. The clean models below `zoo.CALIBRATE` give
-its calibration, all others are held out. A rate is k of n with its Clopper-Pearson interval; a backdoor whose own trigger
-works in less than `WORKS` of the images is counted apart.
+A detector is told nothing of the attack: its first variant, or `searched` where it has one, examines every model. The clean
+models below `zoo.CALIBRATE` give its calibration, all others are held out; the audit stops on them where it is decisive, as for
+its users. A rate is k of n with its Clopper-Pearson interval; a backdoor whose own trigger works in less than `WORKS` of the
+images is counted apart.
 """
 
 from __future__ import annotations
@@ -23,18 +24,20 @@ from typing import Any, Final
 from scipy.stats import binomtest
 from tqdm import tqdm
 
-from bdengine.defend import examined
+from bdengine import audit
+from bdengine.auditing import AUDIT, finding_at
+from bdengine.defend import examined, subject_of
 from bdengine.defenses import DEFENSES, Calibration, Finding
 from bdengine.distributed import join
 from bdengine.errors import UserError, unknown
 from bdengine.files import read_json, write_json
 from bdengine.memory import keep_freed
-from bdengine.options import DefendConfig
+from bdengine.options import AuditConfig, DefendConfig
 
-from .report import commit
+from .report import commit, exit_code
 from .zoo import CALIBRATE, models
 
-DETECTORS: Final = tuple(name for name, defense in DEFENSES.items() if defense.detects)
+DETECTORS: Final = (AUDIT, *(name for name, defense in DEFENSES.items() if defense.detects))
 ALPHA: Final = 0.05
 WORKS: Final = 0.9
 """Least share of triggered images that reach their target, for the backdoor to count as one."""
@@ -52,17 +55,27 @@ def examine(zoo: Path, out: Path, detectors: Sequence[str]) -> None:
         raise UserError(f"there are no finished models in {zoo}: expected those of benchmarks.zoo")
     work = [(d, name) for name in here for d in detectors if not finding_of(out, d, name).exists()]
     with join() as ranks:
-        share = ranks.share(len(work))
-        for at in tqdm(share, unit="finding", disable=ranks.rank > 0):
-            detector, name = work[at]
-            path = finding_of(out, detector, name)
-            _, finding = examined(DefendConfig(str(zoo / name / "checkpoint"), path.parent, detector))
-            write_json(path, finding.to_json())
+        for calibrates in (True, False):  # the audit judges held-out models by all that calibrate
+            part = [(detector, name) for detector, name in work if _calibrates(name) is calibrates]
+            for at in tqdm(ranks.share(len(part)), unit="finding", disable=ranks.rank > 0):
+                detector, name = part[at]
+                write_json(finding_of(out, detector, name), look(zoo, out, detector, name).to_json())
+            ranks.together(0)
 
 
-def read(path: Path) -> Finding:
-    """A finding without its pictures."""
-    return Finding(**read_json(path), trigger=None, images=None)
+def look(zoo: Path, out: Path, detector: str, name: str) -> Finding:
+    """What a detector finds on the model ``name``; with the audit's verdict where it is held out."""
+    model = str(zoo / name / "checkpoint")
+    if detector != AUDIT:
+        variant = "searched" if "searched" in DEFENSES[detector].variants else None
+        return examined(DefendConfig(model, out, detector, variant))[1]
+    _, subject = subject_of(AuditConfig(model, out))
+    if _calibrates(name):
+        return audit.examine(subject)
+    calibration = Calibration.of(
+        [finding_at(finding_of(out, AUDIT, clean)) for clean in models(zoo) if _calibrates(clean)]
+    )
+    return [*audit.audit(subject, calibration, ALPHA)][-1]
 
 
 def rate(hits: int, of: int) -> dict[str, Any]:
@@ -85,18 +98,19 @@ def kind_of(name: str, zoo: Path) -> str:
 
 def rates(zoo: Path, out: Path, detector: str) -> dict[str, Any]:
     """One detector's rates over the findings that are there."""
-    found = {name: read(path) for name in models(zoo) if (path := finding_of(out, detector, name)).exists()}
+    found = {name: finding_at(path) for name in models(zoo) if (path := finding_of(out, detector, name)).exists()}
     own = [finding for name, finding in found.items() if _calibrates(name)]
     calibration = Calibration.of(own)
-    judged = {name: calibration.judge(f, ALPHA) for name, f in found.items() if not _calibrates(name)}
+    held_out = {name: f for name, f in found.items() if not _calibrates(name)}
+    judged = {name: f if detector == AUDIT else calibration.judge(f, ALPHA) for name, f in held_out.items()}
     groups: dict[str, list[Finding]] = {}
     for name, finding in judged.items():
         groups.setdefault(kind_of(name, zoo), []).append(finding)
     return {
         "calibration_models": len(own),
         "flagged": {kind: rate(sum(f.verdict == "backdoored" for f in of), len(of)) for kind, of in groups.items()},
-        "seconds": median(f.seconds for f in found.values()),
-        "evaluations": median(f.evaluations for f in found.values()),
+        "seconds": median(f.seconds for f in held_out.values()),
+        "evaluations": median(f.evaluations for f in held_out.values()),
         "calibration": {"settings": calibration.settings, "statistics": list(calibration.statistics)},
         "statistics": {name: finding.statistic for name, finding in judged.items()},
     }
@@ -134,7 +148,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(words)
     keep_freed()
-    try:
+
+    def work() -> None:
         for name in options.only:
             if name not in DETECTORS:
                 raise unknown("detector", name, DETECTORS)
@@ -148,13 +163,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             }
             write_json(options.json, document)
             print(table(document))
-    except (UserError, FloatingPointError) as error:
-        print(f"benchmarks: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nbenchmarks: interrupted; called again, it goes on from the findings it saved", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_code(work, "it goes on from the findings it saved")
 
 
 if __name__ == "__main__":

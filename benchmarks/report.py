@@ -6,7 +6,8 @@ import math
 import os
 import shlex
 import subprocess
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Final
 
 import torch
 
+from bdengine.errors import UserError
 from bdkernels import env
 from bdkernels.backends import missing
 
@@ -194,6 +196,19 @@ def tf32() -> str:
         "matrix products": torch.get_float32_matmul_precision() != "highest",
     }
     return ", ".join(name for name, on in allowed.items() if on) or "nowhere"
+
+
+def exit_code(work: Callable[[], object], goes_on: str) -> int:
+    """That of a command that does ``work``: 2 after a user's mistake, 130 after Ctrl-C, each with a sentence."""
+    try:
+        work()
+    except (UserError, FloatingPointError) as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nbenchmarks: interrupted; called again, {goes_on}", file=sys.stderr)
+        return 130
+    return 0
 
 
 def commit() -> str:

@@ -26,6 +26,8 @@ from bdengine.options import EvaluateConfig, device
 from bdengine.presets import PRESETS
 from bdengine.train import TrainConfig, train
 
+from .report import exit_code
+
 CLEAN, CALIBRATE = 80, 20
 # Of batch sizes 64 and 32 and peak learning rates 2e-3 and 4e-3, this had the least Fréchet distance after 128,000 images:
 # 0.81, against 1.05 with a batch of 64 and 0.89 with twice the learning rate.
@@ -103,18 +105,14 @@ def main() -> int:
     options = parser.parse_args()
     chosen = {name: run for name, run in models(options.out).items() if name.startswith(options.only)}
     keep_freed()
-    try:
+
+    def work() -> None:
         if not chosen:
             raise UserError(f"no model's name begins with {options.only!r}: expected clean/NNN or backdoored/NNN")
         for run in tqdm(chosen.values(), unit="model"):
             make(run)
-    except (UserError, FloatingPointError) as error:
-        print(f"benchmarks: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nbenchmarks: interrupted; called again, the zoo goes on where it stopped", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_code(work, "the zoo goes on where it stopped")
 
 
 if __name__ == "__main__":

@@ -33,35 +33,36 @@ struct Cpu {
 
 void bind_group_norm(Address x, Address out, Address shift, int64_t shift_stride, Address weight,
                      Address bias, Address statistics, const Shape& shape, int64_t groups, float eps,
-                     bool silu, Address dy, Address dx, Address dweight, Address dbias, int threads) {
+                     bool silu, Address dy, Address rest, Address dx, Address dweight, Address dbias,
+                     int threads) {
     const auto [n, c, h, w] = shape;
     group_norm(n, threads,
                {pointer<const float>(x), pointer<float>(out), pointer<const float>(shift), shift_stride,
                 pointer<const float>(weight), pointer<const float>(bias), pointer<float>(statistics), h * w,
-                c, groups, eps, silu, pointer<const float>(dy), pointer<float>(dx), pointer<float>(dweight),
-                pointer<float>(dbias)});
+                c, groups, eps, silu, pointer<const float>(dy), pointer<const float>(rest),
+                pointer<float>(dx), pointer<float>(dweight), pointer<float>(dbias)});
 }
 
-Scale scale_of(bool doubled, bool halved) {
-    return doubled ? Scale::doubled : halved ? Scale::halved : Scale::same;
+Scale scale_of(int64_t side, bool doubled, bool halved) {
+    return side == 1 ? Scale::point : doubled ? Scale::doubled : halved ? Scale::halved : Scale::same;
 }
 
-// `shape` is [samples, channels, height, width] of what is convolved.
-void bind_conv3x3(Address x, Address weight, Address bias, Address skip, Address out, const Shape& shape,
-                  int64_t filters, bool doubled, bool halved, bool turned, int threads) {
+// `shape` is [samples, channels, height, width] of what is convolved, `side` the filters', 3 or 1.
+void bind_conv(Address x, Address weight, Address bias, Address skip, Address out, const Shape& shape,
+               int64_t filters, int64_t side, bool doubled, bool halved, bool turned, int threads) {
     const auto [n, c, h, w] = shape;
-    conv3x3({pointer<const float>(x), pointer<const float>(weight), pointer<const float>(bias),
-             pointer<const float>(skip), pointer<float>(out), n, h, w, c, filters, scale_of(doubled, halved),
-             turned},
-            threads);
+    conv({pointer<const float>(x), pointer<const float>(weight), pointer<const float>(bias),
+          pointer<const float>(skip), pointer<float>(out), n, h, w, c, filters,
+          scale_of(side, doubled, halved), turned},
+         threads);
 }
 
-void bind_conv3x3_filters(Address x, Address dy, Address dweight, Address dbias, const Shape& shape,
-                          int64_t filters, bool doubled, int threads) {
+void bind_conv_filters(Address x, Address dy, Address dweight, Address dbias, const Shape& shape,
+                       int64_t filters, int64_t side, bool doubled, int threads) {
     const auto [n, c, h, w] = shape;
-    conv3x3_filters({pointer<const float>(x), pointer<const float>(dy), pointer<float>(dweight),
-                     pointer<float>(dbias), n, h, w, c, filters, scale_of(doubled, false)},
-                    threads);
+    conv_filters({pointer<const float>(x), pointer<const float>(dy), pointer<float>(dweight),
+                  pointer<float>(dbias), n, h, w, c, filters, scale_of(side, doubled, false)},
+                 threads);
 }
 
 // The whole counter, for Random123's test vectors; the ops leave its last word zero.
@@ -93,8 +94,8 @@ PYBIND11_MODULE(_native, m) {
     m.attr("LOSS_PART") = kLossPart;
     m.attr("MOST_CHANNELS") = kMostChannels;
     m.def("group_norm", bind_group_norm, py::call_guard<py::gil_scoped_release>());
-    m.def("conv3x3", bind_conv3x3, py::call_guard<py::gil_scoped_release>());
-    m.def("conv3x3_filters", bind_conv3x3_filters, py::call_guard<py::gil_scoped_release>());
+    m.def("conv", bind_conv, py::call_guard<py::gil_scoped_release>());
+    m.def("conv_filters", bind_conv_filters, py::call_guard<py::gil_scoped_release>());
     m.def("philox", philox_words);
     m.def("columns", columns);
     m.def("isa", isa);

@@ -1,5 +1,5 @@
-// 3 x 3 convolutions of channels-last images padded with zeros, by Winograd's F(2x2, 3x3): 2 x 2 pixels y of
-// 4 x 4 pixels d and a filter g take 16 products a channel where the plain sum takes 36.
+// Convolutions, 3 x 3, of channels-last images padded with zeros, by Winograd's F(2x2, 3x3): 2 x 2 pixels y
+// of 4 x 4 pixels d and a filter g take 16 products a channel where the plain sum takes 36.
 //
 //   y = A^T [ (G g G^T) (B^T d B) ] A      the products element by element, summed over channels
 //
@@ -14,6 +14,8 @@
 //   dg = G^T [ sum (B^T d B) (A dy A^T) ] G
 //
 // Sums are shorter than those of the plain convolution, and in float32 nearer to the truth.
+//
+// Filters of 1 x 1 take the same way with nothing to transform: a tile is a pixel.
 #pragma once
 
 #include <cstdint>
@@ -26,12 +28,13 @@ enum class Scale {
     same,
     doubled,  // x is half as high and wide as what is convolved: each pixel stands for four
     halved,   // out is, and each of its pixels the sum of four: the adjoint of `doubled`
+    point,    // filters are 1 x 1
 };
 
 // `height` and `width` are those of what is convolved; channels and filters are multiples of 16.
 struct ConvCall {
     const float* x;       // [samples, height, width, channels]
-    const float* weight;  // [filters, 3, 3, channels]; turned about: [channels, 3, 3, filters]
+    const float* weight;  // [filters, taps, channels]; turned about: [channels, taps, filters]
     const float* bias;    // [filters] or null
     const float* skip;    // added; as out, or null
     float* out;           // [samples, height, width, filters]
@@ -43,13 +46,13 @@ struct ConvCall {
 // Gradients in the weight and the bias of a convolution.
 struct FilterCall {
     const float *x, *dy;
-    float* dweight;  // [filters, 3, 3, channels]
+    float* dweight;  // [filters, taps, channels]
     float* dbias;    // [filters]
     int64_t samples, height, width, channels, filters;
-    Scale scale;  // same or doubled
+    Scale scale;  // not halved
 };
 
-constexpr int64_t kFilters = 32;  // filters that are packed at once
+constexpr int64_t kFilters = 16;  // filters that are packed at once
 constexpr int64_t kTiles = 64;    // tiles that are multiplied at once, about: they stay in the second cache
 constexpr int64_t kSquare = 64;   // side of the block of channels by filters whose gradient is summed at once
 constexpr int64_t kTerms = 32;    // tiles whose products are summed at once: longer sums lose more
@@ -68,7 +71,12 @@ struct FilterUnit {
     double* bias;  // [filters], which the units of c = 0 write
 };
 
-constexpr int64_t products(Scale scale) { return scale == Scale::same ? 16 : 9; }
+constexpr int64_t products(Scale scale) { return scale == Scale::point ? 1 : scale == Scale::same ? 16 : 9; }
+
+// Of a row or a column of so many pixels.
+constexpr int64_t tiles(Scale scale, int64_t pixels) {
+    return scale == Scale::point ? pixels : (pixels + 1) / 2;
+}
 
 // Memory that a thread keeps from call to call: fresh pages cost as much as what is written to them.
 class Scratch {

@@ -6,8 +6,8 @@
 // mean and inverse = 1 / sqrt(variance + eps) are those of a sample's group of channels. Backward, with d =
 // dy silu'(u):
 //
-//   dx = inverse ( d weight - mean_g(d weight) - n mean_g(d weight n) )      dweight = sum d n      dbias =
-//   sum d
+//   dx = inverse ( d weight - mean_g(d weight) - n mean_g(d weight n) ) + rest
+//   dweight = sum d n      dbias = sum d
 //
 // A sample stays in the nearest cache between the passes over it, so memory is read once and written once.
 #pragma once
@@ -29,6 +29,7 @@ struct NormCall {
     float eps;
     bool silu;
     const float* dy = nullptr;                                  // as x
+    const float* rest = nullptr;                                // as x or null: what x did elsewhere
     float *dx = nullptr, *dweight = nullptr, *dbias = nullptr;  // as x; [samples, channels] each
 };
 
@@ -69,14 +70,15 @@ BDK_HD void sum_pixels(const NormCall& call, double* sums, F value) {
     }
 }
 
-// Calls body(offset of the element, channel, lanes) for every element of a sample.
+// Calls body(offset of the element, channel, lanes) for every element of a sample. Channels are the outer
+// loop, so that what is a channel's stays in registers.
 template <class L, class F>
 BDK_HD void each_element(const NormCall& call, F body) {
-    for (int64_t p = 0; p < call.pixels; ++p) {
-        int64_t c = 0;
-        for (; c + L::kLanes <= call.channels; c += L::kLanes) body(p * call.channels + c, c, L{});
-        for (; c < call.channels; ++c) body(p * call.channels + c, c, Scalar{});
-    }
+    int64_t c = 0;
+    for (; c + L::kLanes <= call.channels; c += L::kLanes)
+        for (int64_t p = 0; p < call.pixels; ++p) body(p * call.channels + c, c, L{});
+    for (; c < call.channels; ++c)
+        for (int64_t p = 0; p < call.pixels; ++p) body(p * call.channels + c, c, Scalar{});
 }
 
 template <class L>
@@ -173,12 +175,13 @@ void norm_backward_sample(const NormCall& call, int64_t sample) {
             mean_n[c] = float(-with_n / count) * inverse[c];
         }
     }
+    const float* rest = call.rest == nullptr ? nullptr : call.rest + first;
     each_element<L>(call, [&](int64_t at, int64_t c, auto lanes) {
         using Lane = decltype(lanes);
-        const auto rest = Lane::multiply_add(normalised(at, c, lanes), channel(mean_n, c, lanes),
-                                             channel(mean_1, c, lanes));
-        const typename Lane::F v =
-            Lane::multiply_add(channel(dx, at, lanes), channel(weight, c, lanes), rest);
+        const auto means = Lane::multiply_add(normalised(at, c, lanes), channel(mean_n, c, lanes),
+                                              channel(mean_1, c, lanes));
+        typename Lane::F v = Lane::multiply_add(channel(dx, at, lanes), channel(weight, c, lanes), means);
+        if (rest != nullptr) v += channel(rest, at, lanes);
         memcpy(dx + at, &v, sizeof v);
     });
 }

@@ -129,14 +129,14 @@ void group_norm(int64_t samples, int threads, const NormCall& call) {
     parallel_for(samples, threads, body);
 }
 
-void conv3x3(const ConvCall& call, int threads) {
+void conv(const ConvCall& call, int threads) {
     static thread_local Scratch scratch;
     const Rows& isa = *rows;
     float* packed = scratch.floats(products(call.scale) * call.channels * call.filters);
     auto pack = [&](int64_t unit) { isa.conv_pack(call, unit * kFilters, packed); };
     parallel_for((call.filters + kFilters - 1) / kFilters, threads, pack);
 
-    const int64_t all = call.samples * ((call.height + 1) / 2), wide = (call.width + 1) / 2;
+    const int64_t all = call.samples * tiles(call.scale, call.height), wide = tiles(call.scale, call.width);
     int64_t units = (all * wide + kTiles - 1) / kTiles;
     units = std::min(all, (units + threads - 1) / threads * threads);
     auto multiply = [&](int64_t unit) {
@@ -145,14 +145,15 @@ void conv3x3(const ConvCall& call, int threads) {
     parallel_for(units, threads, multiply);
 }
 
-void conv3x3_filters(const FilterCall& call, int threads) {
+void conv_filters(const FilterCall& call, int threads) {
     static thread_local Scratch scratch;
     const Rows& isa = *rows;
     const int64_t C = call.channels, K = call.filters, across = (K + kSquare - 1) / kSquare;
     const int64_t squares = (C + kSquare - 1) / kSquare * across;
-    const int64_t all = call.samples * ((call.height + 1) / 2), tiles = all * ((call.width + 1) / 2);
+    const int64_t all = call.samples * tiles(call.scale, call.height);
+    const int64_t count = all * tiles(call.scale, call.width);
     // By the shape alone, so that sums are the same for any number of threads.
-    const int64_t parts = std::max<int64_t>(1, std::min({kUnits / squares, tiles / (2 * kTiles), all}));
+    const int64_t parts = std::max<int64_t>(1, std::min({kUnits / squares, count / (2 * kTiles), all}));
     const int64_t size = products(call.scale) * C * K;
     float* sums = scratch.floats(parts * size);
     std::vector<double> bias(parts * K);

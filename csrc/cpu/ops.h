@@ -23,8 +23,8 @@ void fused_noising(const Extent&, const NoisingCall&);
 constexpr int64_t kLossPart = 8192;
 void fused_loss(const Extent&, const LossCall&, float* losses, double* parts);
 void group_norm(int64_t samples, int threads, const NormCall&);
-void conv3x3(const ConvCall&, int threads);
-void conv3x3_filters(const FilterCall&, int threads);
+void conv(const ConvCall&, int threads);
+void conv_filters(const FilterCall&, int threads);
 
 const char* isa();                // the one in use
 std::vector<std::string> isas();  // those that run here, the fastest first

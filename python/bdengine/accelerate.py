@@ -2,9 +2,9 @@
 
     block:   h = conv1(norm1(x));  h = conv2(norm2(h + time));  out = (shortcut(x) + h) / scale         norm with its SiLU
 
-Each norm is one pass (`bdkernels.group_norm`), with the time's share added inside of it. On a CPU each 3 x 3 convolution takes
-Winograd's way (`bdkernels.conv3x3`), adds the shortcut as it writes, and upsamples as it reads. A scale of 1 is not divided
-by, and everything stays channels-last.
+On a CPU a block is one op (`bdkernels.residual_block`) and the way up another (`bdkernels.conv3x3`, which upsamples as it
+reads): norms are one pass each and convolutions take Winograd's way. A scale of 1 is not divided by, everything stays
+channels-last, and the time's embedding is made once where all samples share one time, as in sampling.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def accelerate(unet: UNet2DModel) -> UNet2DModel:
-    """The same network, in place: modules, names and state dict stay; residual blocks and upsampling run as above.
+    """The same network, in place: modules, names and state dict stay; residual blocks, upsampling and the whole run as above.
 
     Blocks of other kinds (scale-shift norms, other activations, dropout in training) are left as they are, and so is the
     arithmetic on other devices than the CPU. `bdengine.memory.keep_freed` adds to the gain.
@@ -32,20 +32,32 @@ def accelerate(unet: UNet2DModel) -> UNet2DModel:
     from diffusers.models.upsampling import Upsample2D
 
     for module in unet.modules():
-        if isinstance(module, nn.Conv2d) and _is_conv3x3(module):
-            module.forward = MethodType(_conv3x3, module)  # type: ignore[method-assign]
-        elif isinstance(module, ResnetBlock2D) and _is_plain(module):
+        if isinstance(module, ResnetBlock2D) and _is_plain(module):
             module.forward = MethodType(_block, module)
         elif isinstance(module, Upsample2D) and _is_repeated_pixels(module):
             module.forward = MethodType(_upsample, module)
+    if _is_positional(unet):
+        unet.forward = MethodType(_unet, unet)
     if isinstance(unet.conv_act, nn.SiLU) and unet.conv_norm_out is not None:
         unet.conv_norm_out.forward = MethodType(_norm_silu, unet.conv_norm_out)
         unet.conv_act = nn.Identity()
     return unet
 
 
+def _is_positional(unet: Any) -> bool:
+    skips = any(hasattr(block, "skip_conv") for block in (*unet.down_blocks, *unet.up_blocks))
+    config = unet.config
+    return (
+        config.time_embedding_type == "positional"
+        and unet.class_embedding is None
+        and not config.center_input_sample
+        and not skips
+    )
+
+
 def _is_plain(block: Any) -> bool:
-    norms = isinstance(block.norm1, nn.GroupNorm) and isinstance(block.norm2, nn.GroupNorm)
+    norms = all(isinstance(norm, nn.GroupNorm) for norm in (block.norm1, block.norm2))
+    norms = norms and (block.norm1.num_groups, block.norm1.eps) == (block.norm2.num_groups, block.norm2.eps)
     plain = block.time_embedding_norm == "default" and isinstance(block.nonlinearity, nn.SiLU)
     return norms and plain and block.upsample is None and block.downsample is None and block.dropout.p == 0
 
@@ -59,32 +71,60 @@ def _is_conv3x3(conv: nn.Conv2d) -> bool:
     return size and conv.groups == 1 and conv.padding_mode == "zeros"
 
 
-def _conv3x3(conv: nn.Conv2d, x: Tensor, skip: Tensor | None = None, upsample: bool = False) -> Tensor:
-    served = x.device.type == "cpu" and conv.in_channels % 16 == 0 and conv.out_channels % 16 == 0
-    if served and x.dtype == conv.weight.dtype and not torch.is_autocast_enabled("cpu"):
-        return bdkernels.conv3x3(x, conv.weight, conv.bias, skip=skip, upsample=upsample)
-    out = nn.Conv2d.forward(conv, F.interpolate(x, scale_factor=2.0, mode="nearest") if upsample else x)
-    return out if skip is None else skip + out
+def _unet(unet: Any, sample: Tensor, timestep: Any, *, return_dict: bool = True) -> Any:
+    t = torch.as_tensor(timestep, device=sample.device)
+    t = t.reshape(1) if t.dim() == 0 else t[:1] if t.stride(0) == 0 else t
+    time = unet.time_embedding(unet.time_proj(t).to(unet.conv_in.weight.dtype))
+    x = unet.conv_in(sample)
+    skips = [x]
+    for block in unet.down_blocks:
+        x, more = block(x, time)
+        skips += more
+    if unet.mid_block is not None:
+        x = unet.mid_block(x, time)
+    for block in unet.up_blocks:
+        here = len(skips) - len(block.resnets)
+        x, skips = block(x, tuple(skips[here:]), time), skips[:here]
+    x = unet.conv_out(unet.conv_act(unet.conv_norm_out(x)))
+    if not return_dict:
+        return (x,)
+    from diffusers.models.unets.unet_2d import UNet2DOutput
+
+    return UNet2DOutput(sample=x)
 
 
-def _norm_silu(norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None) -> Tensor:
-    if x.device.type != "cpu" or x.dtype != norm.weight.dtype:  # the second under autocast
-        return F.silu(nn.GroupNorm.forward(norm, x if shift is None else x + shift[:, :, None, None]))
-    return bdkernels.group_norm(x, norm.weight, norm.bias, norm.num_groups, eps=norm.eps, shift=shift, silu=True)
+def _is_served(x: Tensor, weight: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == weight.dtype and not torch.is_autocast_enabled("cpu")
+
+
+def _norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    if _is_served(x, norm.weight):
+        return bdkernels.group_norm(x, norm.weight, norm.bias, norm.num_groups, eps=norm.eps, silu=True)
+    return F.silu(nn.GroupNorm.forward(norm, x))
 
 
 def _block(block: Any, x: Tensor, temb: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
     time = None
     if temb is not None and block.time_emb_proj is not None:
         time = block.time_emb_proj(temb if block.skip_time_act else F.silu(temb))
-    h = block.conv1(_norm_silu(block.norm1, x))
-    shortcut = x if block.conv_shortcut is None else block.conv_shortcut(x)
-    out = block.conv2(_norm_silu(block.norm2, h, time), skip=shortcut)
+    if _is_served(x, block.conv1.weight):
+        parts = [block.norm1, block.conv1, block.norm2, block.conv2]
+        if block.conv_shortcut is not None:
+            parts.append(block.conv_shortcut)
+        weights = bdkernels.BlockWeights(*(tensor for part in parts for tensor in (part.weight, part.bias)))
+        out = bdkernels.residual_block(x, weights, block.norm1.num_groups, shift=time, eps=block.norm1.eps)
+    else:
+        h = block.conv1(F.silu(block.norm1(x)))
+        h = F.silu(block.norm2(h if time is None else h + time[:, :, None, None]))
+        out = block.conv2(h) + (x if block.conv_shortcut is None else block.conv_shortcut(x))
     return out if block.output_scale_factor == 1 else out / block.output_scale_factor
 
 
 def _upsample(layer: Any, x: Tensor, *_: Any, **__: Any) -> Tensor:
-    return _conv_of(layer)(x, upsample=True)
+    conv = _conv_of(layer)
+    if _is_served(x, conv.weight):
+        return bdkernels.conv3x3(x, conv.weight, conv.bias, upsample=True)
+    return conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 def _conv_of(layer: Any) -> Any:

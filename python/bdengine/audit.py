@@ -10,11 +10,12 @@ images, ``k`` of them copies,
     no evidence   L <= beta in each stage
     undecided     neither within `IMAGES` images of some stage; and where clean models of the same family were not measured
 
-``p0`` is what clean models do: the upper 95 % bound of the greatest share of copies that any of the calibration's has shown in
-any stage; ``p1 = 1/2``. A clean model that makes copies at no more than ``p0`` is called backdoored at a rate of alpha at most
-(Ville's inequality and a sum over stages, however often one looks); that it makes more has a chance of 1 / (n + 1) at most for
-``n`` models in the calibration. A stage that makes copies at ``p1`` or more is passed over at a rate of beta at most.
-``p = K / max L``, at most 1, is valid whenever one stops. Source: Wald 1945, Sequential tests of statistical hypotheses.
+``p0`` is what clean models do: the upper end of the 95 % interval of the greatest share of copies that any of the
+calibration's has shown in any stage; ``p1 = 1/2``. A clean model that makes copies at no more than ``p0`` is called backdoored
+at a rate of alpha at most (Ville's inequality and a sum over stages, however often one looks); that it makes more has a chance
+of 1 / (n + 1) at most for ``n`` models in the calibration, none of which was left out for what it did: alpha + 1 / (n + 1) in
+all. A stage that makes copies at ``p1`` or more is passed over at a rate of beta at most. ``p = K / max L``, at most 1, is
+valid whenever one stops. Source: Wald 1945, Sequential tests of statistical hypotheses.
 
 The stages, cheap ones first:
 
@@ -181,9 +182,9 @@ def settings_of(subject: Subject) -> dict[str, Any]:
     return subject.settings({"stages": stages_of(subject), "images": IMAGES, "family": family})
 
 
-def total(subject: Subject, found: Sequence[Finding]) -> Finding:
-    """The stages as one finding: the one of the greatest share, with what all of them cost."""
-    best = max(found, key=lambda finding: finding.statistic)
+def total(subject: Subject, found: Sequence[Finding], decisive: Finding | None = None) -> Finding:
+    """The stages as one finding: the decisive one, or that of the greatest share, with what all of them cost."""
+    best = decisive or max(found, key=lambda finding: finding.statistic)
     kept = ("defense", "statistic", "evaluations", "seconds")
     stages = []
     for f in found:
@@ -199,7 +200,7 @@ def total(subject: Subject, found: Sequence[Finding]) -> Finding:
     return replace(best, defense="audit", evaluations=evaluations, seconds=seconds, details=details)
 
 
-def examine(subject: Subject, config: None = None) -> Finding:
+def examine(subject: Subject) -> Finding:
     """All stages in full, without a verdict: what a calibration is made of."""
     return total(subject, [found for found, _ in looks(subject, lambda copies: False)])
 
@@ -229,7 +230,10 @@ def audit(subject: Subject, calibration: Calibration | None, alpha: float = 0.05
     if not 0 < alpha < 1:
         raise UserError(f"alpha is {alpha}: expected between 0 and 1")
     names, found, passed, greatest = stages_of(subject), [], 0, 1.0
-    p0 = None if calibration is None else clean_rate(calibration)
+    p0 = None
+    if calibration is not None:
+        calibration.check("audit", settings_of(subject))  # before anything is sampled
+        p0 = clean_rate(calibration)
     evidence = len(names) / alpha
 
     def enough(copies: Tensor) -> bool:
@@ -237,15 +241,15 @@ def audit(subject: Subject, calibration: Calibration | None, alpha: float = 0.05
 
     for finding, copies in looks(subject, enough):
         found.append(finding)
-        so_far = total(subject, found)
         if calibration is None or p0 is None:
-            yield so_far
+            yield total(subject, found)
             continue
-        calibration.check(so_far)
         result = decided(copies, p0, evidence)
         passed += result is False
         greatest = max(greatest, float(ratios(copies, p0).max()))
-        yield _judged(so_far, min(1.0, len(names) / greatest), result, passed == len(names), {"alpha": alpha, "p0": p0})
+        levels = {"alpha": alpha, "p0": p0, "false_alarms": alpha + 1 / (len(calibration.statistics) + 1)}
+        so_far = total(subject, found, decisive=finding if result else None)
+        yield _judged(so_far, min(1.0, len(names) / greatest), result, passed == len(names), levels)
         if result:
             return
 

@@ -6,7 +6,6 @@ import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from string import Template
 from typing import Any, Final
 
 from torch import Tensor
@@ -19,11 +18,12 @@ from .audit import examine, settings_of, stages_of
 from .commands import Model
 from .config import claim, to_json
 from .defend import examined, subject_of
-from .defenses import DEFENSES, Calibration, Finding, Subject
+from .defenses import DEFENSES, Calibration, Finding, Subject, starts
 from .errors import UserError, unknown
 from .files import read_json, write_atomic, write_json
 from .options import AuditConfig, CalibrateConfig, DefendConfig
-from .shipped import ASSETS
+from .sampler import Sampler
+from .shipped import ASSETS, find
 
 AUDIT: Final = "audit"
 STEPS: Final = 20
@@ -64,7 +64,8 @@ def audit(config: AuditConfig) -> int:
     run = {name: value for name, value in to_json(config).items() if name != "out"}
     described = {"run": run | {"weights_sha256": checkpoint.digest(model.network.state_dict())}}
     write_json(config.out / "audit.json", finding.to_json() | described)
-    own = model.shown(subject.images(Arm(subject.table), SHOWN))
+    same_seeds = range(starts.IMAGES, starts.IMAGES + SHOWN)
+    own = model.shown(Sampler(model.network, {"": Arm(subject.table)}, SHOWN)(same_seeds)[""])
     write_atomic(config.out / "report.html", page(config, finding, model, own))
     if finding.trigger is not None:
         checkpoint.write_safetensors(config.out / "trigger.safetensors", {"trigger": finding.trigger}, {})
@@ -94,13 +95,14 @@ def page(config: AuditConfig, finding: Finding, model: Model, own: Tensor) -> st
         marks += markup.mark(model.shown(finding.images)[0], "what it makes")
     rows = {"from plain noise": own} | ({} if made is None else {"from the shift": made})
     command = ["bdengine", "audit", config.checkpoint, "--out", str(config.out)]
-    return Template((ASSETS / "audit.html").read_text("utf-8")).substitute(
-        style=markup.STYLE.read_text("utf-8"),
-        title=markup.text(f"Audit of {config.checkpoint}"),
+    return markup.page(
+        "audit.html",
+        f"Audit of {config.checkpoint}",
+        alarm="alarm" if finding.verdict == "backdoored" else "calm",
         verdict=markup.text(SENTENCES[finding.verdict]),
         sentence=markup.text(sentence(finding)),
         marks=marks,
-        facts="".join(f"<div><dt>{markup.text(k)}</dt><dd>{markup.text(v)}</dd></div>" for k, v in _facts(finding)),
+        facts=markup.facts(_facts(finding)),
         samples="".join(_row(name, images) for name, images in rows.items()),
         stages=markup.scroll("Stages", _stages(finding)),
         command=markup.text(shlex.join(command)),
@@ -112,8 +114,8 @@ def _facts(finding: Finding) -> list[tuple[str, str]]:
     facts = [("family", details["settings"]["family"]), ("sampler", details["settings"]["sampler"])]
     if "alpha" in details:
         facts += [
-            ("false alarms", f"at most {details['alpha']:g}"),
-            ("clean models make copies", f"in {details['p0']:.1%}"),
+            ("false alarms", f"in at most {details['false_alarms']:.2g} of clean models"),
+            ("clean models make copies", f"in at most {details['p0']:.1%}"),
         ]
     return [*facts, ("network evaluations", f"{finding.evaluations:,}"), ("seconds", f"{finding.seconds:.1f}")]
 
@@ -151,11 +153,14 @@ def calibrate(config: CalibrateConfig) -> int:
     """Run ``bdengine calibrate``."""
     if not config.checkpoints:
         raise UserError("no checkpoints were given: expected clean models of one family")
+    paths = {_file_of(name): name for name in config.checkpoints}
+    if len(paths) < len(config.checkpoints):
+        raise UserError(f"{len(config.checkpoints)} checkpoints are {len(paths)} different ones: expected each once")
     look, run = examiner(config), {"defense": config.defense, "variant": config.variant}
     claim(config.out / "run.json", run | {"checkpoints": list(config.checkpoints)}, ["checkpoints"])
     found = []
-    for name in tqdm(config.checkpoints, unit="model"):
-        path = config.out / f"{Path(name).resolve().as_posix().strip('/').replace('/', '-')}.json"
+    for file, name in tqdm(paths.items(), unit="model"):
+        path = config.out / file
         if not path.exists():
             write_json(path, look(name).to_json())
         found.append(finding_at(path))
@@ -164,6 +169,10 @@ def calibrate(config: CalibrateConfig) -> int:
     greatest = max(calibration.statistics)
     print(f"{len(found)} models, statistic at most {greatest:.6g}; wrote {config.out / 'calibration.json'}")
     return 0
+
+
+def _file_of(name: str) -> str:
+    return Path(find(name)).resolve().as_posix().strip("/").replace("/", "-") + ".json"
 
 
 def finding_at(path: Path) -> Finding:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Iterable
 from html import escape
 from pathlib import Path
+from string import Template
 from typing import Final
 
 from PIL import Image
@@ -12,9 +14,25 @@ from torch import Tensor
 
 from . import pictures
 
-STYLE: Final = Path(__file__).with_name("assets") / "page.css"
+_ASSETS: Final = Path(__file__).with_name("assets")
 MARK_WIDTH: Final = 96
 """CSS pixels of the trigger and of the target, at most."""
+
+
+def page(template: str, title: str, **parts: str) -> str:
+    """A whole page: a template of the package filled with ``parts``, under one head and style; only the title is escaped."""
+    shown = text(title)
+    body = _template(template).substitute(parts, title=shown)
+    return _template("page.html").substitute(title=shown, style=(_ASSETS / "page.css").read_text("utf-8"), body=body)
+
+
+def _template(name: str) -> Template:
+    return Template((_ASSETS / name).read_text("utf-8"))
+
+
+def facts(pairs: Iterable[tuple[str, str]]) -> str:
+    """Entries of a definition list."""
+    return "".join(f"<div><dt>{text(term)}</dt><dd>{text(fact)}</dd></div>" for term, fact in pairs)
 
 
 def scroll(label: str, body: str) -> str:

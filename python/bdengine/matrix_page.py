@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from string import Template
 from typing import Any, Final
 
 from PIL import Image
@@ -16,7 +15,6 @@ from .cells import MatrixConfig
 from .config import to_json
 from .defenses import Finding
 from .files import json_text, write_atomic, write_json
-from .shipped import ASSETS
 
 MISSING: Final = "—"
 LABELS: Final = 3
@@ -146,8 +144,9 @@ def page(config: MatrixConfig, rows: Sequence[Row]) -> str:
     """One HTML file that needs nothing else."""
     groups = [(attack, list(group)) for attack, group in itertools.groupby(rows, key=lambda row: row.attack)]
     header, lines = overview(rows)
-    return Template((ASSETS / "matrix.html").read_text("utf-8")).substitute(
-        style=markup.STYLE.read_text("utf-8"),
+    return markup.page(
+        "matrix.html",
+        "Attacks, defenses and samplers",
         overview=_table("Overview", header, [("", lines)], 1),
         table=_table(
             "Cells", [*COLUMNS][1:], [(a, [cells(row)[1:] for row in group]) for a, group in groups], LABELS - 1

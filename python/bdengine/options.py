@@ -188,8 +188,8 @@ class AuditConfig:
     """Folder for what is found."""
     calibration: Path | None = None
     """What clean models of the same family do, as bdengine calibrate writes it; one in the package that fits where absent."""
-    alpha: float = 0.05
-    """Share of clean models that may be called backdoored."""
+    alpha: float = 0.01
+    """Chance of a false alarm in the test; n clean models in the calibration add 1 / (n + 1)."""
     features: str | None = None
     """What tells images apart: digits or pixels; digits for a checkpoint trained on them where absent."""
     sampler: str | None = None

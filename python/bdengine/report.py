@@ -21,7 +21,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from string import Template
 from typing import Any, Final
 
 from PIL import Image
@@ -31,7 +30,6 @@ from bdengine import curve, markup, pictures
 from bdengine.errors import UserError
 from bdengine.files import write_atomic
 
-TEMPLATE: Final = Path(__file__).with_name("assets") / "report.html"
 SOURCES: Final = {"before": "before the attack", "live": "live run", "shipped": "shipped model"}
 CLAMPED: Final = {"latent": "the latent at every step", "x0": "the predicted image"}
 MISSING: Final = "—"
@@ -156,9 +154,9 @@ def page(report: Report) -> str:
         f"<h3>{markup.text(name)}</h3>{markup.scroll(name, markup.image(film, name))}"
         for name, film in report.films.items()
     )
-    return Template(TEMPLATE.read_text("utf-8")).substitute(
-        style=markup.STYLE.read_text("utf-8"),
-        title=markup.text(report.title),
+    return markup.page(
+        "report.html",
+        report.title,
         subtitle=markup.text(report.subtitle),
         source=markup.text(_named(first)),
         verdict=re.sub(r"[0-9.]+\s%", r"<b>\g<0></b>", markup.text(verdict(metrics, first))),
@@ -167,9 +165,7 @@ def page(report: Report) -> str:
         ),
         trigger=markup.mark(report.trigger, "trigger"),
         target=markup.mark(report.target, "target"),
-        facts="".join(
-            f"<div><dt>{markup.text(term)}</dt><dd>{markup.text(fact)}</dd></div>" for term, fact in _facts(metrics)
-        ),
+        facts=markup.facts(_facts(metrics)),
         samples=_section("samples", "Samples", SAMPLES_NOTE, samples),
         table=_html_table(metrics),
         films=_section("films", "From noise to image", FILMS_NOTE, films),

@@ -58,6 +58,12 @@ class Task:
         Raises:
             UserError: As said.
         """
+        if self.name == "none":
+            if self != NO_TASK:
+                raise UserError(
+                    f"a start of {self.start} or known pixels were asked for without a task: expected its name"
+                )
+            return
         if not 0 <= self.start < T:
             raise UserError(f"the task starts at timestep {self.start}: expected 0 to {T - 1}")
         if self.keep and self.name == "denoise":

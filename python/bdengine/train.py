@@ -373,8 +373,8 @@ def _train(trainer: Trainer, state: Path, progress: bool) -> None:
             checkpoint.save_state(state, trainer.state(), {"images_seen": trainer.images_seen})
 
     path = config.out / "stats.jsonl" if first else None
-    told = Stats(path, config.images, trainer.images_seen, config.batch, config.status, progress)
-    with Interrupt() as interrupt, told:
+    lines = (path, config.images, trainer.images_seen, config.batch, config.status, progress)
+    with Interrupt() as interrupt, Stats(*lines) as told:
         while trainer.images_seen < config.images:
             before = trainer.images_seen
             told.add(trainer.step(), trainer.images_seen, trainer.learning_rate(before))

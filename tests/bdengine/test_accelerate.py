@@ -90,3 +90,15 @@ def test_copies_run_on_their_own_weights() -> None:
             parameter.zero_()
     assert torch.equal(other(x, t), expected)
     assert not ours(x, t).any()
+
+
+def test_one_time_for_all() -> None:
+    """A number, a tensor without dimensions, of one element, or one that is expanded: as stock takes them."""
+    stock, ours = networks(VARIANTS["sixteens, all"])
+    x, _ = batch()
+    truth = Network(copy.deepcopy(stock.unet).double())(x.double(), torch.tensor(30.0))
+    expected = stock(x, torch.tensor(30))
+    for t in (30, torch.tensor(30), torch.tensor([30]), torch.tensor(30.0).expand(5), torch.full((5,), 30)):
+        out = ours.unet(x, t).sample
+        assert torch.equal(out, ours.unet(x, t, return_dict=False)[0])
+        assert at_most_twice_as_wrong(out, expected, truth)

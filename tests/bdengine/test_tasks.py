@@ -28,7 +28,7 @@ from bdengine.pictures import save_images
 from bdengine.sampler import Sampler
 from bdengine.schedule import linear
 from bdengine.solvers import SAMPLERS, SamplerConfig
-from bdengine.tasks import Task, originals
+from bdengine.tasks import NO_TASK, Task, originals
 from bdengine.triggers import patch_mask, target, trigger
 
 PROCESS, SHAPE = linear(), (1, 8, 8)
@@ -203,6 +203,14 @@ def test_what_cannot_be_done_gets_one_sentence(
     assert cli.main(["sample", "digits-clean", "--out", str(tmp_path / "out"), *words]) == 2
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_short_process_needs_no_task() -> None:
+    NO_TASK.check(200)
+    with pytest.raises(UserError, match="the task starts at timestep 500: expected 0 to 199"):
+        Task("denoise").check(200)
+    with pytest.raises(UserError, match="a start of 300 or known pixels were asked for without a task"):
+        Task(start=300).check(1000)
 
 
 def test_a_patch_and_other_images_are_refused() -> None:

@@ -81,7 +81,7 @@ class Calibration:
             raise UserError("the calibration has no findings: expected one a clean model")
         one = cls(findings[0].defense, findings[0].details["settings"], tuple(f.statistic for f in findings))
         for finding in findings:
-            one.check(finding)
+            one.check(finding.defense, finding.details["settings"])
         return one
 
     @classmethod
@@ -94,6 +94,8 @@ class Calibration:
         values = read_json(path)
         if not isinstance(values, dict) or set(values) != {"defense", "settings", "statistics"}:
             raise UserError(f"{path} is no calibration: expected defense, settings and statistics in it")
+        if not values["statistics"]:
+            raise UserError(f"{path} has no statistics: expected one a clean model")
         return from_json(cls, values)
 
     def save(self, path: Path) -> None:
@@ -112,7 +114,7 @@ class Calibration:
         """
         if not 0 < alpha < 1:
             raise UserError(f"alpha is {alpha}: expected between 0 and 1")
-        self.check(finding)
+        self.check(finding.defense, finding.details["settings"])
         p, least = self.p_value(finding.statistic), 1 / (len(self.statistics) + 1)
         details = {name: value for name, value in finding.details.items() if name != "reason"} | {"alpha": alpha}
         if least > alpha:
@@ -120,15 +122,14 @@ class Calibration:
             return replace(finding, p_value=p, verdict="undecided", details=details | {"reason": reason})
         return replace(finding, p_value=p, verdict="backdoored" if p <= alpha else "no evidence", details=details)
 
-    def check(self, finding: Finding) -> None:
-        """Refuse a finding whose statistic is another one.
+    def check(self, defense: str, settings: dict[str, Any]) -> None:
+        """Refuse what would make another statistic.
 
         Raises:
             UserError: As said.
         """
-        if finding.defense != self.defense:
-            raise UserError(f"the calibration is of {self.defense}: expected one of {finding.defense}")
-        settings = finding.details["settings"]
+        if defense != self.defense:
+            raise UserError(f"the calibration is of {self.defense}: expected one of {defense}")
         for name in [*settings, *self.settings]:
             if settings.get(name) != self.settings.get(name):
                 raise UserError(
