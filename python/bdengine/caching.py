@@ -9,11 +9,9 @@ solver of few steps has none to spare. The images are others, so nothing is reus
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .errors import UserError
@@ -21,7 +19,7 @@ from .networks import Network
 
 
 class Cached(Network):
-    """``network``, whose UNet it changes in place. A loop begins where the time does not fall; each call reads one time back.
+    """``network``, whose UNet it changes in place. A `Sampler` says where a loop begins, any other caller by `begin`.
 
     Args:
         network: Of a diffusers UNet with two resolutions or more.
@@ -38,7 +36,7 @@ class Cached(Network):
         if len(getattr(unet, "down_blocks", ())) < 2:
             raise UserError(f"a {type(unet).__name__} has no deep blocks to reuse: expected a UNet of two resolutions")
         super().__init__(unet, network.sample_shape, network.autocast)
-        self.every, self.calls, self.time, self.shape = every, 0, -math.inf, torch.Size()
+        self.every, self.calls = every, 0
         for block in (*unet.down_blocks[1:], unet.mid_block, *unet.up_blocks[:-1]):
             block.forward = self._kept(block.forward)
 
@@ -53,9 +51,12 @@ class Cached(Network):
 
         return run
 
+    def begin(self) -> None:
+        """The next call is the first of a loop."""
+        self.calls = 0
+
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """As `Network.forward`."""
-        time = float(t.reshape(-1)[0])
-        self.calls = self.calls + 1 if time < self.time and x.shape == self.shape else 0
-        self.time, self.shape = time, x.shape
-        return super().forward(x, t)
+        out = super().forward(x, t)
+        self.calls += 1
+        return out

@@ -24,6 +24,7 @@ import bdkernels
 from bdkernels import NO_BAD_ROW, STREAM_STEP, Step
 
 from .arms import Arm, Arms
+from .caching import Cached
 from .capture import Loop, check_device
 from .distributed import ALONE, Ranks
 from .errors import UserError
@@ -106,6 +107,8 @@ class Sampler:
             bad_row=bad_row, **arms.inside(arm),
         )  # fmt: skip
         scale, time = arms.told(arm)
+        if isinstance(self.network, Cached):
+            self.network.begin()
         for row in range(len(self.rows)):
             if watch:
                 watch(row, x)

@@ -127,8 +127,12 @@ class TrainConfig:
         for name in ("images", "batch", "status", "snapshot", "size"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: expected at least 1")
-        if self.micro_batch is not None and (self.micro_batch < 1 or self.batch % self.micro_batch):
-            raise UserError(f"the micro-batch is {self.micro_batch}: expected a divisor of the batch, {self.batch}")
+        asked, divisors = self.micro_batch, [n for n in range(1, self.batch + 1) if self.batch % n == 0]
+        if asked is not None and asked not in divisors:
+            nearest = min(divisors, key=lambda n: abs(n - asked))
+            raise UserError(
+                f"the micro-batch is {asked}: expected a divisor of the batch, {self.batch}, nearest {nearest}"
+            )
         unit = ranks * (self.micro_batch or 1)
         if self.batch % unit:
             each = f" with micro-batches of {self.micro_batch}" if self.micro_batch else ""

@@ -130,6 +130,13 @@ def test_bad_samplers_get_a_sentence(config: SamplerConfig, message: str) -> Non
         config.table(PROCESS)
 
 
+def test_too_few_steps_are_left_of_a_task() -> None:
+    with pytest.raises(
+        UserError, match="steps from timestep 100 on is 2: expected at least 4, since the first 3 are halved"
+    ):
+        SamplerConfig("pndm", 20).table(PROCESS, first=100)
+
+
 def test_arms_need_equal_lengths_and_known_clips() -> None:
     with pytest.raises(UserError, match="same number of network evaluations, got ddpm-10: 10, ddim-20: 20"):
         stack([ddpm(Nodes.of(PROCESS, 10)), ddim(Nodes.of(PROCESS, 20))])

@@ -176,7 +176,7 @@ def test_grid_training_shows_the_samplers_timesteps_alone(tmp_path: Path) -> Non
     [
         ({"images": 0}, "images is 0: expected at least 1"),
         ({"batch": 0}, "batch is 0"),
-        ({"micro_batch": 5}, "the micro-batch is 5: expected a divisor of the batch, 32"),
+        ({"micro_batch": 5}, "the micro-batch is 5: expected a divisor of the batch, 32, nearest 4"),
         ({"lr": 0.0}, "the learning rate is 0.0"),
         ({"ema": 1.0}, "the EMA decay is 1.0"),
         ({"attack": AttackConfig("baddiffusion", "BOX_4", rate=1.5)}, "the poison rate is 1.5: expected 0 to 1"),

@@ -108,7 +108,10 @@ class Nodes:
             times = times[min(int((times > first).sum()), steps - 1) :]
             steps = len(times)
         if steps <= halved:
-            raise UserError(f"steps is {steps}: expected at least {halved + 1}, since the first {halved} are halved")
+            left = "" if first is None else f" from timestep {first:g} on"
+            raise UserError(
+                f"steps{left} is {steps}: expected at least {halved + 1}, since the first {halved} are halved"
+            )
         middles = (times[:halved] + times[1 : halved + 1]) / 2
         times = np.insert(times, np.arange(1, len(middles) + 1), middles)
         alpha_bar = np.append(schedule.alpha_bar_at(times), 1.0 if end == "zero" else schedule.alpha_bar[0])
