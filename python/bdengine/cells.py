@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -10,26 +9,22 @@ from typing import Final
 from . import checkpoint, pictures
 from .auditing import AUDIT, examiner
 from .commands import Model, scored
-from .config import claim, from_json
+from .config import claim
 from .defend import write_pictures
 from .defenses import DEFENSES, Calibration, Finding
 from .defenses.clipping import CLIPS
-from .defenses.pruning import Cleanse, PruningConfig
-from .defenses.pruning import recipe as pruning_recipe
-from .defenses.removal import FineTuning, Removal
-from .defenses.removal import recipe as removal_recipe
 from .errors import UserError, unknown
 from .files import write_json
 from .metrics import check_threshold
-from .options import CalibrateConfig, EvaluateConfig, device
+from .options import CalibrateConfig, EvaluateConfig, RepairConfig
 from .presets import PRESETS, preset
+from .repair import repaired
 from .shipped import ASSETS, SHIPPED
 from .solvers import SAMPLERS
-from .train import TrainConfig
 
 ATTACKS: Final = tuple(n for n, run in PRESETS.items() if (run.data, run.process) == ("digits", "vp"))
 DETECTORS: Final = (*(name for name, defense in DEFENSES.items() if defense.detects), AUDIT)
-REMOVALS: Final = {"removal": "elijah", "cleanse": "diffcleanse"}
+REMOVALS: Final = {"unlearn": "elijah", "removal": "elijah", "cleanse": "diffcleanse"}
 """Each with the detector whose trigger it is given where none is named."""
 INVERTERS: Final = tuple(name for name in DETECTORS if name not in ("anp", AUDIT))
 """Those whose finding always has a trigger."""
@@ -41,11 +36,6 @@ AUDITING: Final = 74_000
 """Those of the audit, likewise."""
 SHOWN: Final = 16
 """Of a finding's images, in its picture."""
-CLEANSE: Final = PruningConfig(ratio=0.1, steps=400, lr=5e-4)
-"""As long as the other removal: on digits-badiffusion the ASR is 0 after 40, 200 and 400 steps, the Fréchet distance 10.6, 1.4
-and 1.0."""
-REPAIR_BATCH: Final = 32
-"""Of both removals: with PureDiffusion's trigger the Fréchet distance is 0.98 after the published epochs, and 1.98 at 64."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +54,7 @@ class MatrixConfig:
     """Folder for everything that is written."""
     attacks: tuple[str, ...] = ATTACKS
     """Training presets; clean ones say how often a defense is wrong."""
-    defenses: tuple[str, ...] = (*CLIPS, *DETECTORS, *REMOVALS, "removal:purediffusion")
+    defenses: tuple[str, ...] = (*CLIPS, *DETECTORS, *REMOVALS)
     """none, a clip, a detector (or one of its variants, elijah:ode), a removal (or with another trigger, removal:terd)."""
     samplers: tuple[str, ...] = ("ddpm", "ddim", "dpm++", "unipc")
     """Those that bdengine samplers lists."""
@@ -177,17 +167,7 @@ def examine(config: MatrixConfig, attack: str, name: str) -> None:
 def repair(config: MatrixConfig, attack: str, name: str) -> None:
     """The model without what its detector found, as a checkpoint."""
     model, folder = model_of(config, attack), config.cell(attack, name)
-    tau = checkpoint.load_trigger(config.cell(attack, inverter_of(name)))
-    trained = from_json(TrainConfig, {"out": str(folder)} | model.train)
-    run = replace(trained, init=model.path, batch=REPAIR_BATCH, warmup=0, ema=0.0, capture=False)
-    begun = time.perf_counter()
-    fine_tuning: FineTuning
-    if kind_of(name) == "removal":
-        fine_tuning = Removal(removal_recipe(run, "baddiffusion"), tau, device=device())
-    else:
-        fine_tuning = Cleanse(pruning_recipe(run, CLEANSE), tau, CLEANSE.ratio, CLEANSE.share, device())
-    fine_tuning.run()
-    write_json(folder / "repair.json", {"trigger": inverter_of(name), "seconds": time.perf_counter() - begun})
+    repaired(model, RepairConfig(model.path, folder, config.cell(attack, inverter_of(name)), kind_of(name)))
 
 
 def judged(config: MatrixConfig, finding: Finding) -> Finding:

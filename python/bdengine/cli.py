@@ -1,5 +1,5 @@
-"""The command line: ``bdengine demo | train | sample | export | evaluate | defend | audit | calibrate | matrix | samplers |
-convert | env``, each with ``--help``.
+"""The command line: ``bdengine demo | train | sample | export | evaluate | defend | repair | audit | calibrate | matrix |
+samplers | convert | env``, each with ``--help``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from .options import (
     DefendConfig,
     EvaluateConfig,
     ExportConfig,
+    RepairConfig,
     SampleConfig,
     SamplersConfig,
     device,
@@ -87,6 +88,12 @@ def _defend(arguments: Sequence[str]) -> int:
     return defend(tyro.cli(DefendConfig, prog="bdengine defend", args=arguments))
 
 
+def _repair(arguments: Sequence[str]) -> int:
+    from .repair import repair
+
+    return repair(tyro.cli(RepairConfig, prog="bdengine repair", args=arguments))
+
+
 def _audit(arguments: Sequence[str]) -> int:
     from .auditing import audit
 
@@ -150,6 +157,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "export": (_export, "images of a folder of shards, by seed"),
     "evaluate": (_evaluate, "attack and quality scores of a checkpoint"),
     "defend": (_defend, "look for a backdoor in a checkpoint, with one defense"),
+    "repair": (_repair, "a checkpoint without what an inverted trigger opens"),
     "audit": (_audit, "a verdict on a checkpoint, without data"),
     "calibrate": (_calibrate, "what clean models do, for verdicts"),
     "matrix": (_matrix, "attacks x defenses x samplers: one table, a picture of each cell"),

@@ -172,6 +172,43 @@ class DefendConfig:
 
 
 @dataclass(frozen=True)
+class RepairConfig:
+    """Take out of a checkpoint what an inverted trigger opens, with a tenth of the clean data.
+
+    Writes checkpoint/ and repair.json.
+
+    bdengine defend digits-badiffusion --defense elijah --variant searched --out runs/elijah
+
+    bdengine repair digits-badiffusion --trigger runs/elijah --out runs/repaired
+
+    bdengine evaluate runs/repaired --trigger XXSM_BOX --target DRAWN_HAT --out runs/repaired
+    """
+
+    checkpoint: tyro.conf.Positional[str]
+    """A diffusers folder, a run of bdengine train, a hub name, digits-clean or digits-badiffusion."""
+    out: Path
+    """Folder for the repaired checkpoint."""
+    trigger: Path
+    """Folder of an inverted trigger, as bdengine defend and bdengine audit write it."""
+    method: str = "unlearn"
+    """One of: unlearn, removal (Elijah's, as published), removal-ode, cleanse (Diff-Cleanse's pruning)."""
+    data: str | None = None
+    """Clean data, digits, cifar10 or a folder of images; what the checkpoint was trained on where absent."""
+    sampler: str | None = None
+    """The one that will be used, as bdengine samplers lists it; what the checkpoint was made for where absent, else ddpm."""
+    steps: int | None = None
+    """Steps of the sampler."""
+    order: int | None = None
+    """Order of a solver that has several."""
+    eta: float | None = None
+    """Noise of ddim."""
+    batch: int = 32
+    """Images an optimizer step."""
+    seed: int = 0
+    """Everything random follows from it."""
+
+
+@dataclass(frozen=True)
 class AuditConfig:
     """Say whether a checkpoint has a backdoor, without data: looks from cheap to dear and stops when the evidence is decisive.
 

@@ -18,6 +18,7 @@ from typing import Final
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import bdkernels
 
@@ -96,15 +97,17 @@ class FineTuning(Trainer):
             )
         return trigger.to(self.device)
 
-    def run(self) -> None:
+    def run(self, progress: bool = False) -> None:
         """To the end of ``config.images``; writes ``checkpoint/``.
 
         Raises:
             FloatingPointError: The loss is not finite.
         """
-        while self.images_seen < self.config.images:
-            if not math.isfinite(loss := float(self.step())):
-                raise FloatingPointError(f"the loss is {loss} after {self.images_seen} images")
+        with tqdm(total=self.config.images, unit="image", disable=not progress) as bar:
+            while self.images_seen < self.config.images:
+                if not math.isfinite(loss := float(self.step())):
+                    raise FloatingPointError(f"the loss is {loss} after {self.images_seen} images")
+                bar.update(self.config.batch)
         self.save_checkpoint(self.config.out / "checkpoint")
 
 

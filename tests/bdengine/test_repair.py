@@ -1,0 +1,86 @@
+"""``bdengine repair``: each method from the command line, what is written, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bdengine import repair
+from bdengine.checkpoint import load_unet, write_safetensors
+from bdengine.cli import main
+from bdengine.commands import Model
+from bdengine.defenses import removal
+from bdengine.errors import UserError
+from bdengine.options import RepairConfig
+from bdengine.solvers import SamplerConfig
+from bdengine.train import TrainConfig
+
+
+@pytest.fixture
+def found(tmp_path: Path) -> Path:
+    """A folder as ``bdengine defend`` leaves it."""
+    folder = tmp_path / "found"
+    folder.mkdir()
+    write_safetensors(folder / "trigger.safetensors", {"trigger": torch.full((1, 16, 16), -0.5)}, {})
+    return folder
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recipes of two steps."""
+    for variant, told in removal.VARIANTS.items():
+        monkeypatch.setitem(removal.VARIANTS, variant, replace(told, epochs=1, share=0.01))
+    monkeypatch.setattr(repair, "PRUNED", replace(repair.PRUNED, steps=2))
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("method", repair.METHODS)
+def test_a_repaired_checkpoint_is_one_that_samples(
+    method: str, found: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = ["repair", "digits-badiffusion", "--trigger", str(found), "--out", str(out), "--method", method]
+    assert main(words) == 0
+    assert f"{method}: 64 images in" in capsys.readouterr().out
+    about = json.loads((out / "repair.json").read_text())
+    assert (about["images"], about["run"]["method"]) == (64, method)
+    before, after = (
+        load_unet(path).state_dict() for path in (Model.load("digits-badiffusion").path, out / "checkpoint")
+    )
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert main(["sample", str(out), "--seeds", "0-1", "--steps", "2", "--out", str(tmp_path / "pictures")]) == 0
+
+
+def test_a_run_keeps_what_the_checkpoint_was_made_for(found: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:
+    known = repair.run_of(Model.load("digits-badiffusion"), RepairConfig("digits-badiffusion", tmp_path, found))
+    assert (known.attack.name, known.sampler) == ("none", SamplerConfig("ddpm", 20))
+    told = RepairConfig(str(tiny_checkpoint), tmp_path, found, sampler="unipc", steps=10, batch=8)
+    stranger = repair.run_of(Model.load(str(tiny_checkpoint)), told)
+    sampler = SamplerConfig("unipc", 10)
+    assert stranger == TrainConfig(tmp_path, init=str(tiny_checkpoint), batch=8, sampler=sampler, warmup=0)
+
+
+def test_what_cannot_be_repaired_gets_a_sentence(
+    found: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words, sentence in (
+        (["--method", "unlern"], "unknown method 'unlern'"),
+        (["--trigger", str(tmp_path)], "has no trigger.safetensors"),
+        (["--data", "nowhere"], "nowhere"),
+    ):
+        given = ["repair", "digits-badiffusion", "--trigger", str(found), "--out", str(tmp_path / "out"), *words]
+        assert main(given) == 2
+        assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_betas_are_refused(found: Path, tmp_path: Path) -> None:
+    model = Model.load("digits-badiffusion")
+    for scheduler in (model.scheduler | {"beta_end": 0.03}, {"_class_name": "EDMEulerScheduler"}):
+        other = replace(model, scheduler=scheduler)
+        with pytest.raises(UserError, match="expected the linear betas of DDPM"):
+            repair.run_of(other, RepairConfig(model.path, tmp_path, found))
