@@ -8,7 +8,7 @@ from typing import Final
 
 import torch
 
-from . import loop, pipeline, train_step
+from . import inversion, loop, pipeline, train_step
 from .bench import Provider, Shape
 from .capture import SHAPE, STEPS, sampling_loop
 from .loop import whole_loop
@@ -31,12 +31,18 @@ LOOP_OPS: Final = {f"capture/{steps}": partial(sampling_loop, steps) for steps i
 NETWORK_OPS: Final[dict[str, Build]] = {"network/forward": network, "network/training": network_training}
 """Whole networks, which ``network`` is short for."""
 
-WHOLE_OPS: Final[dict[str, Build]] = {"loop": whole_loop, "train": training_step, "pipeline": measurement}
+WHOLE_OPS: Final[dict[str, Build]] = {
+    "loop": whole_loop,
+    "train": training_step,
+    "inversion": inversion.iteration,
+    "pipeline": measurement,
+}
 """What a user waits for, which ``whole`` is short for."""
 
 WHOLE_SHAPES: Final[dict[str, tuple[Shape, ...]]] = {
     "loop": loop.SHAPES,
     "train": train_step.SHAPES,
+    "inversion": inversion.SHAPES,
     "pipeline": pipeline.SHAPES,
 }
 """At which it is measured."""
