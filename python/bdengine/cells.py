@@ -191,9 +191,11 @@ def repair(config: MatrixConfig, attack: str, name: str) -> None:
 
 
 def judged(config: MatrixConfig, finding: Finding) -> Finding:
-    """The finding with a verdict, where a calibration fits."""
+    """The finding with a verdict, where a calibration fits that the model is not in."""
     files = (*config.calibrations, *sorted((ASSETS / "calibration").glob("*.json")))
     settings = finding.details["settings"]
-    fits = (one for one in map(Calibration.load, files) if (one.defense, one.settings) == (finding.defense, settings))
-    known = next(fits, None)
-    return finding if known is None else known.judge(finding, config.alpha)
+    for one in map(Calibration.load, files):
+        own = finding.weights_sha256 in one.statistics
+        if (one.defense, one.settings) == (finding.defense, settings) and not own:
+            return one.judge(finding, config.alpha)
+    return finding
