@@ -37,7 +37,7 @@ CONTROL: Final = "digits-badiffusion"
 """Whose trigger and target a clean model is tried with."""
 DETECTION: Final = 20_000
 """Images that a detector sends through the network: 9,000 to 22,000 with 20 steps of 256 pixels."""
-AUDITING: Final = 74_000
+AUDITING: Final = 75_000
 """Those of the audit, likewise."""
 SHOWN: Final = 16
 """Of a finding's images, in its picture."""
