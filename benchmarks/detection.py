@@ -7,8 +7,8 @@
 
 A detector is told nothing of the attack: its first variant, or `searched` where it has one, examines every model. The clean
 models below `zoo.CALIBRATE` give its calibration, all others are held out; the audit stops on them where it is decisive, as for
-its users. A rate is k of n with its Clopper-Pearson interval; a backdoor whose own trigger works in less than `WORKS` of the
-images is counted apart.
+its users. All are asked for the same rate of false alarms, `ALPHA`. A rate is k of n with its Clopper-Pearson interval; a
+backdoor whose own trigger works in less than `WORKS` of the images is counted apart. Models are shared among ranks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from scipy.stats import binomtest
 from tqdm import tqdm
 
 from bdengine import audit
-from bdengine.auditing import AUDIT, finding_at
+from bdengine.auditing import AUDIT
+from bdengine.config import to_json
 from bdengine.defend import examined, subject_of
 from bdengine.defenses import DEFENSES, Calibration, Finding
 from bdengine.distributed import join
@@ -39,6 +40,8 @@ from .zoo import CALIBRATE, models
 
 DETECTORS: Final = (AUDIT, *(name for name, defense in DEFENSES.items() if defense.detects))
 ALPHA: Final = 0.05
+TOLD: Final = ("statistic", "p_value", "verdict", "evaluations", "seconds")
+"""Of a finding, for each model that is held out."""
 WORKS: Final = 0.9
 """Least share of triggered images that reach their target, for the backdoor to count as one."""
 
@@ -50,16 +53,17 @@ def finding_of(out: Path, detector: str, name: str) -> Path:
 
 def examine(zoo: Path, out: Path, detectors: Sequence[str]) -> None:
     """Makes the findings that are missing, of the models that are there."""
-    here = [name for name, run in models(zoo).items() if (run.out / "scores.json").exists()]
-    if not here:
+    if not any(_finished(zoo, name) for name in models(zoo)):
         raise UserError(f"there are no finished models in {zoo}: expected those of benchmarks.zoo")
-    work = [(d, name) for name in here for d in detectors if not finding_of(out, d, name).exists()]
     with join() as ranks:
         for calibrates in (True, False):  # the audit judges held-out models by all that calibrate
-            part = [(detector, name) for detector, name in work if _calibrates(name) is calibrates]
-            for at in tqdm(ranks.share(len(part)), unit="finding", disable=ranks.rank > 0):
-                detector, name = part[at]
-                write_json(finding_of(out, detector, name), look(zoo, out, detector, name).to_json())
+            # Of all models, there or not: what is there may change before another rank looks, and then so would the shares.
+            part = [name for name in models(zoo) if _calibrates(name) is calibrates]
+            for at in tqdm(ranks.share(len(part)), unit="model", disable=ranks.rank > 0):
+                for detector in detectors:
+                    path = finding_of(out, detector, part[at])
+                    if _finished(zoo, part[at]) and not path.exists():
+                        write_json(path, look(zoo, out, detector, part[at]).to_json())
             ranks.together(0)
 
 
@@ -69,13 +73,26 @@ def look(zoo: Path, out: Path, detector: str, name: str) -> Finding:
     if detector != AUDIT:
         variant = "searched" if "searched" in DEFENSES[detector].variants else None
         return examined(DefendConfig(model, out, detector, variant))[1]
-    _, subject = subject_of(AuditConfig(model, out))
+    _, subject = subject_of(model, AuditConfig(model, out))
     if _calibrates(name):
         return audit.examine(subject)
-    calibration = Calibration.of(
-        [finding_at(finding_of(out, AUDIT, clean)) for clean in models(zoo) if _calibrates(clean)]
-    )
-    return [*audit.audit(subject, calibration, ALPHA)][-1]
+    return [*audit.audit(subject, calibration_of(zoo, out, AUDIT), ALPHA)][-1]
+
+
+def calibration_of(zoo: Path, out: Path, detector: str) -> Calibration:
+    """That of all models that calibrate.
+
+    Raises:
+        UserError: One of them was not examined yet: rates would not be those of the whole calibration.
+    """
+    paths = {name: finding_of(out, detector, name) for name in models(zoo) if _calibrates(name)}
+    missing = [name for name, path in paths.items() if not path.exists()]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of the {len(paths)} models of the calibration of {detector} were not examined, {missing[0]} the"
+            " first: expected all of them, finished by benchmarks.zoo, before any other is judged"
+        )
+    return Calibration.of([Finding.load(path) for path in paths.values()])
 
 
 def rate(hits: int, of: int) -> dict[str, Any]:
@@ -98,22 +115,32 @@ def kind_of(name: str, zoo: Path) -> str:
 
 def rates(zoo: Path, out: Path, detector: str) -> dict[str, Any]:
     """One detector's rates over the findings that are there."""
-    found = {name: finding_at(path) for name in models(zoo) if (path := finding_of(out, detector, name)).exists()}
-    own = [finding for name, finding in found.items() if _calibrates(name)]
-    calibration = Calibration.of(own)
-    held_out = {name: f for name, f in found.items() if not _calibrates(name)}
+    calibration = calibration_of(zoo, out, detector)
+    paths = {name: finding_of(out, detector, name) for name in models(zoo) if not _calibrates(name)}
+    held_out = {name: Finding.load(path) for name, path in paths.items() if path.exists()}
+    if not held_out:
+        raise UserError(f"{detector} has examined no model that is held out: expected some, as its rates are of them")
+    for f in held_out.values():
+        calibration.check(f.defense, f.details["settings"], f.weights_sha256)
     judged = {name: f if detector == AUDIT else calibration.judge(f, ALPHA) for name, f in held_out.items()}
     groups: dict[str, list[Finding]] = {}
     for name, finding in judged.items():
         groups.setdefault(kind_of(name, zoo), []).append(finding)
     return {
-        "calibration_models": len(own),
+        "calibration_models": len(calibration.statistics),
         "flagged": {kind: rate(sum(f.verdict == "backdoored" for f in of), len(of)) for kind, of in groups.items()},
+        "undecided": sum(f.verdict == "undecided" for f in judged.values()),
         "seconds": median(f.seconds for f in held_out.values()),
         "evaluations": median(f.evaluations for f in held_out.values()),
-        "calibration": {"settings": calibration.settings, "statistics": list(calibration.statistics)},
-        "statistics": {name: finding.statistic for name, finding in judged.items()},
+        "calibration": to_json(calibration),
+        "models": {
+            name: {of: getattr(f, of) for of in TOLD} | {"kind": kind_of(name, zoo)} for name, f in judged.items()
+        },
     }
+
+
+def _finished(zoo: Path, name: str) -> bool:
+    return (zoo / name / "scores.json").exists()
 
 
 def _calibrates(name: str) -> bool:
@@ -123,11 +150,14 @@ def _calibrates(name: str) -> bool:
 
 def table(document: dict[str, Any]) -> str:
     """The rates as Markdown, a line a detector."""
-    kinds = list(dict.fromkeys(kind for row in document["detectors"].values() for kind in row["flagged"]))
-    lines = [f"| detector | {' | '.join(kinds)} | seconds | evaluations |", f"| --- |{' ---: |' * (len(kinds) + 2)}"]
+    kinds = sorted({kind for row in document["detectors"].values() for kind in row["flagged"]})
+    kinds.sort(key=lambda kind: kind != "clean")
+    heads = ["detector", *kinds, "undecided", "median seconds", "median evaluations"]
+    lines = [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}"]
     for detector, row in document["detectors"].items():
         cells = [_cell(row["flagged"][kind]) if kind in row["flagged"] else "—" for kind in kinds]
-        lines.append(f"| {detector} | {' | '.join(cells)} | {row['seconds']:.1f} | {row['evaluations']:,.0f} |")
+        cells += [str(row["undecided"]), f"{row['seconds']:.1f}", f"{row['evaluations']:,.0f}"]
+        lines.append(f"| {' | '.join([detector, *cells])} |")
     return "\n".join(lines)
 
 

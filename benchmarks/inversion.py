@@ -62,7 +62,7 @@ def our_draw(shape: Shape, like: Tensor) -> Draw:
     return draw
 
 
-def inversion(shape: Shape, device: torch.device = HOST) -> dict[str, Provider]:
+def iteration(shape: Shape, device: torch.device = HOST) -> dict[str, Provider]:
     """The providers of an iteration with ``shape[0]`` noises."""
     keep_freed()
     of, process = Networks(shape, False, device), linear()

@@ -6,16 +6,22 @@ images, ``k`` of them copies,
 
     L = (p1 / p0)^k ((1 - p1) / (1 - p0))^(n - k)          Wald's sequential test of p <= p0 against p >= p1
 
-    backdoored    L >= K / alpha, K the number of stages: at once
+    backdoored    L >= K / delta, K the number of stages: at once
     no evidence   L <= beta in each stage
     undecided     neither within `IMAGES` images of some stage; and where clean models of the same family were not measured
 
-``p0`` is what clean models do: the upper end of the 95 % interval of the greatest share of copies that any of the
-calibration's has shown in any stage; ``p1 = 1/2``. A clean model that makes copies at no more than ``p0`` is called backdoored
-at a rate of alpha at most (Ville's inequality and a sum over stages, however often one looks); that it makes more has a chance
-of 1 / (n + 1) at most for ``n`` models in the calibration, none of which was left out for what it did: alpha + 1 / (n + 1) in
-all. A stage that makes copies at ``p1`` or more is passed over at a rate of beta at most. ``p = K / max L``, at most 1, is
-valid whenever one stops. Source: Wald 1945, Sequential tests of statistical hypotheses.
+``p0`` is what clean models do: an upper bound, wrong at a rate of delta at most, of the greatest rate of copies in any stage
+of any of the calibration's ``n`` models; ``p1 = 1/2``. A clean model is called backdoored at a rate of alpha at most,
+
+    alpha = 1 / (n + 1) + 2 delta
+
+for its own greatest rate is above all of theirs with a chance of 1 / (n + 1) at most, since all ``n + 1`` are exchangeable if
+none was left out for what it did; ``p0`` is below theirs with one of delta; and some ``L`` reaches ``K / delta`` at a rate of
+copies up to ``p0`` with another delta (Ville's inequality and a sum over stages, however often one looks). The last needs
+images that do not depend on ``p0``: so the audit's seeds are others than the calibration's, while arms and references have the
+same in both. A stage that makes copies at ``p1`` or more is passed over at a rate of beta at most.
+``p = 1 / (n + 1) + delta + K / max L``, at most 1, is valid whenever one stops. Source: Wald 1945, Sequential tests of
+statistical hypotheses.
 
 The stages, cheap ones first:
 
@@ -27,7 +33,8 @@ The stages, cheap ones first:
     elijah      Elijah's inversion from the best start, with and without the clip           what a square does not open
     follow      PureDiffusion's, of the coefficient that is exact for the model's sampler   the same
 
-It cannot see a backdoor that none of these opens, or one whose images are no copies (a class of images as the target).
+A variance exploding model, whose states a clip to [-1, 1] would destroy, has `start` and `elijah` alone, without the clip. The
+audit cannot see a backdoor that none of these opens, or one whose images are no copies (a class of images as the target).
 """
 
 from __future__ import annotations
@@ -44,17 +51,21 @@ from torch import Tensor
 from .arms import Arm
 from .attacks import trojdiff
 from .defenses import Calibration, Finding, Subject, elijah, features, purediffusion, starts
-from .defenses.result import Verdict
+from .defenses.result import Verdict, check_alpha
+from .defenses.settings import settings
 from .defenses.subject import Watch
-from .errors import UserError
-from .sampler import Sampler
 from .solvers import Nodes, ddim
 
-PATCHES: Final = (1, 2, 3)
-"""Sides of the corner's squares, in eighths of the image's; 3 of 32 pixels are published."""
+PATCH: Final = 3
+"""Largest side of the corner's squares, in eighths of the image's; 3 of 32 pixels are published."""
+SIDES: Final = 32
+"""They grow by that share of the image's side, or a pixel: a network of closed form answers to the true side alone."""
 ODE_STEPS: Final = 20
 IMAGES: Final = 64
 """Most that a stage asks about."""
+CALIBRATION_SEEDS: Final = starts.IMAGES
+AUDIT_SEEDS: Final = CALIBRATION_SEEDS + IMAGES
+"""The first seed of those images; those below 8 are of arms and references."""
 AT_ONCE: Final = 8
 """Images between two looks at ``L``."""
 P1: Final = 0.5
@@ -88,8 +99,9 @@ def _blended(subject: Subject, best: Tensor) -> dict[str, Arm]:
 
 def _patched(subject: Subject, best: Tensor) -> dict[str, Arm]:
     arms = {}
-    for eighths in PATCHES:
-        side = max(eighths * best.shape[-1] // 8, 1)
+    length = best.shape[-1]
+    step = max(length // SIDES, 1)
+    for side in range(step, PATCH * length // 8 + 1, step):
         region = torch.zeros(best.shape, dtype=torch.bool)
         region[:, -side:, -side:] = True
         for value in (-1.0, 1.0):
@@ -99,16 +111,16 @@ def _patched(subject: Subject, best: Tensor) -> dict[str, Arm]:
 
 def _with_and_without_clip(subject: Subject, tau: Tensor) -> dict[str, Arm]:
     arm = Arm(subject.table, tau.cpu())
-    return {"plain": arm, "clipped": arm.clipped("latent")}
+    return {"plain": arm} | ({} if subject.process is None else {"clipped": arm.clipped("latent")})
 
 
 def _elijah(subject: Subject, best: Tensor) -> dict[str, Arm]:
-    tau, _ = elijah.invert(subject, elijah.VARIANTS["baddiffusion"], best.to(subject.device)[None])
+    tau, _ = elijah.invert(subject, elijah.VARIANTS[_ELIJAH], best.to(subject.device)[None])
     return _with_and_without_clip(subject, tau)
 
 
 def _follow(subject: Subject, best: Tensor) -> dict[str, Arm]:
-    tau, _ = purediffusion.invert(subject, purediffusion.VARIANTS["searched"], best.to(subject.device)[None])
+    tau, _ = purediffusion.invert(subject, purediffusion.VARIANTS[_FOLLOW], best.to(subject.device)[None])
     return _with_and_without_clip(subject, tau)
 
 
@@ -121,8 +133,10 @@ STAGES: Final[dict[str, Propose]] = {
     "elijah": _elijah,
     "follow": _follow,
 }
-_EXPLODING: Final = ("start", "clipped", "elijah")
-"""Stages that need no betas."""
+_EXPLODING: Final = ("start", "elijah")
+"""Stages that need no betas and no images in [-1, 1]."""
+_ELIJAH, _FOLLOW = "baddiffusion", "searched"
+"""Variants of the inversions."""
 _SEARCHES: Final = ("start", "ode", "clipped")
 """Stages whose best arm is a start for the inversions."""
 
@@ -146,26 +160,27 @@ def stages_of(subject: Subject) -> list[str]:
     return [name for name in STAGES if subject.process is not None or name in _EXPLODING]
 
 
-def looks(subject: Subject, enough: Callable[[Tensor], bool]) -> Iterator[tuple[Finding, Tensor]]:
+def looks(subject: Subject, enough: Callable[[Tensor], bool], first_seed: int) -> Iterator[tuple[Finding, Tensor]]:
     """What each stage finds, in turn, and which of its images are copies, bool [N]; a stage runs when it is asked for.
 
     Args:
         enough: Told of the copies so far, says whether a stage needs no more images.
+        first_seed: Of those images.
     """
     best, most = starts.candidates(subject)[0], -math.inf
     for name in stages_of(subject):
-        with Watch(subject.network) as watch:
+        with Watch(subject) as watch:
             arms = STAGES[name](subject, best)
-            first = Sampler(subject.network, arms, starts.MICRO_BATCH)(range(starts.IMAGES))
+            first = subject.sampled(arms, range(starts.IMAGES), starts.MICRO_BATCH)
             alike = {arm: -features.unlike(images, subject.extractor) for arm, images in first.items()}
             chosen = max(alike, key=alike.__getitem__)
             reference, shift = features.medoid(first[chosen]), arms[chosen].trigger
             images = reference[None]
             copies = torch.zeros(0, dtype=torch.bool)
-            sampler = Sampler(subject.network, {"": arms[chosen]}, AT_ONCE)
             while len(copies) < IMAGES and not enough(copies):
-                seed = starts.IMAGES + len(copies)
-                images = torch.cat([images, sampler(range(seed, seed + AT_ONCE))[""]])
+                seed = first_seed + len(copies)
+                made = subject.sampled({"": arms[chosen]}, range(seed, seed + AT_ONCE), AT_ONCE)[""]
+                images = torch.cat([images, made])
                 copies = features.copies(images[1:], reference)
         if name in _SEARCHES and shift is not None and alike[chosen] > most:
             best, most = shift, alike[chosen]
@@ -174,12 +189,15 @@ def looks(subject: Subject, enough: Callable[[Tensor], bool]) -> Iterator[tuple[
 
 
 def settings_of(subject: Subject) -> dict[str, Any]:
-    """What the shares depend on beside the weights: also the family, by the shape of its network."""
-    unet = getattr(subject.network, "unet", subject.network)
-    widths = "x".join(map(str, getattr(unet, "config", {}).get("block_out_channels", ())))
-    shape = "x".join(map(str, subject.network.sample_shape))
-    family = f"{type(unet).__name__} {shape} of {widths or 'unknown'} channels"
-    return subject.settings({"stages": stages_of(subject), "images": IMAGES, "family": family})
+    """What the shares depend on beside the weights."""
+    return settings(
+        subject,
+        {"stages": stages_of(subject), "images": IMAGES, "same": features.SAME},
+        ode_steps=ODE_STEPS,
+        patches=[PATCH, SIDES],
+        elijah=elijah.VARIANTS[_ELIJAH],
+        follow=purediffusion.VARIANTS[_FOLLOW],
+    )
 
 
 def total(subject: Subject, found: Sequence[Finding], decisive: Finding | None = None) -> Finding:
@@ -202,54 +220,73 @@ def total(subject: Subject, found: Sequence[Finding], decisive: Finding | None =
 
 def examine(subject: Subject) -> Finding:
     """All stages in full, without a verdict: what a calibration is made of."""
-    return total(subject, [found for found, _ in looks(subject, lambda copies: False)])
+    return total(subject, [found for found, _ in looks(subject, lambda copies: False, CALIBRATION_SEEDS)])
 
 
-def clean_rate(calibration: Calibration) -> float:
-    """``p0``.
+def levels(calibration: Calibration, alpha: float) -> tuple[float, float]:
+    """``p0`` and ``delta``, which is above 0 where the calibration is large enough."""
+    delta = (alpha - 1 / (len(calibration.statistics) + 1)) / 2
+    most = binomtest(_most(calibration), IMAGES, alternative="less")
+    return float(most.proportion_ci(1 - max(delta, 0.0), "exact").high), delta
+
+
+def lacking(calibration: Calibration, alpha: float) -> str | None:
+    """Why it can call no model backdoored at a rate of ``alpha``; None where it can.
 
     Raises:
-        UserError: Clean models that make copies as often as ``p1``.
+        UserError: ``alpha`` outside (0, 1).
     """
-    copies = round(max(calibration.statistics) * IMAGES)
-    p0 = float(binomtest(copies, IMAGES).proportion_ci(0.95, "exact").high)
-    if p0 >= P1:
-        raise UserError(
-            f"a clean model of the calibration makes copies in {copies} of {IMAGES} cases: expected too few to be taken"
-            f" for a backdoor of {P1:.0%}"
+    check_alpha(alpha)
+    (p0, delta), count = levels(calibration, alpha), len(calibration.statistics)
+    if delta <= 0:
+        return (
+            f"{count} clean models bound false alarms at no less than {1 / (count + 1):.3g} and alpha is {alpha:g}:"
+            f" expected at least {math.floor(1 / alpha)}"
         )
-    return p0
+    if p0 < P1:
+        return None
+    return (
+        f"a clean model of the calibration makes copies in {_most(calibration)} of {IMAGES} cases, which is too near to a"
+        f" backdoor's {P1:.0%}: expected fewer, but not without this model, since a calibration that leaves one out for"
+        " what it did bounds no rate"
+    )
+
+
+def _most(calibration: Calibration) -> int:
+    return round(max(calibration.statistics.values()) * IMAGES)
 
 
 def audit(subject: Subject, calibration: Calibration | None, alpha: float = 0.05) -> Iterator[Finding]:
-    """What all stages so far have found, after each; the last of them has the verdict.
+    """What all stages so far have found, after each; the last of them has the verdict, if the calibration is not `lacking`.
 
     Raises:
-        UserError: ``alpha`` outside (0, 1), or as `Calibration.check` and `clean_rate`.
+        UserError: ``alpha`` outside (0, 1), or as `Calibration.check`.
     """
-    if not 0 < alpha < 1:
-        raise UserError(f"alpha is {alpha}: expected between 0 and 1")
+    check_alpha(alpha)
     names, found, passed, greatest = stages_of(subject), [], 0, 1.0
-    p0 = None
+    p0, delta, reason = None, 0.0, None
     if calibration is not None:
-        calibration.check("audit", settings_of(subject))  # before anything is sampled
-        p0 = clean_rate(calibration)
-    evidence = len(names) / alpha
+        calibration.check("audit", settings_of(subject), subject.weights_sha256)  # before anything is sampled
+        reason = lacking(calibration, alpha)
+        if reason is None:
+            p0, delta = levels(calibration, alpha)
+    evidence = len(names) / delta if p0 is not None else math.inf
 
     def enough(copies: Tensor) -> bool:
         return p0 is not None and decided(copies, p0, evidence) is not None
 
-    for finding, copies in looks(subject, enough):
+    for finding, copies in looks(subject, enough, AUDIT_SEEDS):
         found.append(finding)
-        if calibration is None or p0 is None:
-            yield total(subject, found)
+        if p0 is None:
+            so_far = total(subject, found)
+            yield so_far if reason is None else replace(so_far, details=so_far.details | {"reason": reason})
             continue
         result = decided(copies, p0, evidence)
         passed += result is False
         greatest = max(greatest, float(ratios(copies, p0).max()))
-        levels = {"alpha": alpha, "p0": p0, "false_alarms": alpha + 1 / (len(calibration.statistics) + 1)}
         so_far = total(subject, found, decisive=finding if result else None)
-        yield _judged(so_far, min(1.0, len(names) / greatest), result, passed == len(names), levels)
+        p = min(1.0, alpha - delta + len(names) / greatest)
+        yield _judged(so_far, p, result, passed == len(names), {"alpha": alpha, "p0": p0})
         if result:
             return
 

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from torch import Tensor
 from tqdm import tqdm
 
 from . import checkpoint, markup, pictures
 from .arms import Arm
+from .audit import AUDIT_SEEDS, examine, lacking, settings_of, stages_of
 from .audit import audit as audited
-from .audit import examine, settings_of, stages_of
 from .commands import Model
 from .config import claim, to_json
-from .defend import examined, subject_of
-from .defenses import DEFENSES, Calibration, Finding, Subject, starts
+from .defend import chosen, subject_of
+from .defenses import DEFENSES, Calibration, Finding, Subject
+from .defenses.result import check_alpha
 from .errors import UserError, unknown
-from .files import read_json, write_atomic, write_json
-from .options import AuditConfig, CalibrateConfig, DefendConfig
-from .sampler import Sampler
-from .shipped import ASSETS, find
+from .files import write_atomic, write_json
+from .options import AuditConfig, CalibrateConfig
+from .shipped import ASSETS
 
 AUDIT: Final = "audit"
 STEPS: Final = 20
@@ -48,7 +47,7 @@ def packaged(subject: Subject) -> Calibration | None:
 def audit(config: AuditConfig) -> int:
     """Run ``bdengine audit``; returns `EXIT` of the verdict."""
     given = None if config.calibration is None else Calibration.load(config.calibration)
-    model, subject = subject_of(config, STEPS)
+    model, subject = subject_of(config.checkpoint, config, STEPS)
     calibration = given or packaged(subject)
     names, finding = stages_of(subject), None
     with tqdm(total=len(names), unit="stage", desc=names[0]) as bar:
@@ -62,10 +61,9 @@ def audit(config: AuditConfig) -> int:
         reason = f"no clean models of its family are known ({settings_of(subject)['family']}): see bdengine calibrate"
         finding = replace(finding, details=finding.details | {"reason": reason})
     run = {name: value for name, value in to_json(config).items() if name != "out"}
-    described = {"run": run | {"weights_sha256": checkpoint.digest(model.network.state_dict())}}
-    write_json(config.out / "audit.json", finding.to_json() | described)
-    same_seeds = range(starts.IMAGES, starts.IMAGES + SHOWN)
-    own = model.shown(Sampler(model.network, {"": Arm(subject.table)}, SHOWN)(same_seeds)[""])
+    write_json(config.out / "audit.json", finding.to_json() | {"run": run})
+    same_seeds = range(AUDIT_SEEDS, AUDIT_SEEDS + SHOWN)
+    own = subject.sampled({"": Arm(subject.table)}, same_seeds, SHOWN)[""]
     write_atomic(config.out / "report.html", page(config, finding, model, own))
     if finding.trigger is not None:
         checkpoint.write_safetensors(config.out / "trigger.safetensors", {"trigger": finding.trigger}, {})
@@ -89,10 +87,10 @@ def sentence(finding: Finding) -> str:
 
 def page(config: AuditConfig, finding: Finding, model: Model, own: Tensor) -> str:
     """report.html; ``own`` are the model's images from plain noise, float [N, C, H, W] in [-1, 1]."""
-    made = None if finding.images is None else model.shown(finding.images)[1 : 1 + SHOWN]
-    marks = "" if finding.trigger is None else markup.mark(finding.trigger.clamp(-1, 1), "shift")
+    made = None if finding.images is None else finding.images[1 : 1 + SHOWN]
+    marks = "" if finding.trigger is None else markup.mark(model.shown(finding.trigger).clamp(-1, 1), "shift")
     if finding.images is not None:
-        marks += markup.mark(model.shown(finding.images)[0], "what it makes")
+        marks += markup.mark(finding.images[0], "what it makes")
     rows = {"from plain noise": own} | ({} if made is None else {"from the shift": made})
     command = ["bdengine", "audit", config.checkpoint, "--out", str(config.out)]
     return markup.page(
@@ -114,7 +112,7 @@ def _facts(finding: Finding) -> list[tuple[str, str]]:
     facts = [("family", details["settings"]["family"]), ("sampler", details["settings"]["sampler"])]
     if "alpha" in details:
         facts += [
-            ("false alarms", f"in at most {details['false_alarms']:.2g} of clean models"),
+            ("false alarms", f"in at most {details['alpha']:.2g} of clean models"),
             ("clean models make copies", f"in at most {details['p0']:.1%}"),
         ]
     return [*facts, ("network evaluations", f"{finding.evaluations:,}"), ("seconds", f"{finding.seconds:.1f}")]
@@ -139,47 +137,49 @@ def examiner(config: CalibrateConfig) -> Callable[[str], Finding]:
     """What examines one checkpoint for a calibration.
 
     Raises:
-        UserError: An unknown defense, or one that detects nothing.
+        UserError: An unknown defense or variant, a defense that detects nothing, or settings for the audit.
     """
     if config.defense == AUDIT:
-        return lambda name: examine(subject_of(AuditConfig(name, config.out), STEPS)[1])
+        for name, value, absent in (("variant", config.variant, None), ("seed", config.seed, 0)):
+            if value != absent:
+                raise UserError(f"{name} is {value!r} and the audit has none: expected a defense with it, or no {name}")
+        return lambda name: examine(subject_of(name, config, STEPS)[1])
     detectors = [AUDIT, *(name for name, defense in DEFENSES.items() if defense.detects)]
     if config.defense not in detectors:
         raise unknown("defense", config.defense, detectors)
-    return lambda name: examined(DefendConfig(name, config.out, config.defense, config.variant))[1]
+    defense, settings = chosen(config)
+    return lambda name: defense.examine(subject_of(name, config)[1], settings)
 
 
 def calibrate(config: CalibrateConfig) -> int:
     """Run ``bdengine calibrate``."""
     if not config.checkpoints:
         raise UserError("no checkpoints were given: expected clean models of one family")
-    paths = {_file_of(name): name for name in config.checkpoints}
-    if len(paths) < len(config.checkpoints):
-        raise UserError(f"{len(config.checkpoints)} checkpoints are {len(paths)} different ones: expected each once")
-    look, run = examiner(config), {"defense": config.defense, "variant": config.variant}
-    claim(config.out / "run.json", run | {"checkpoints": list(config.checkpoints)}, ["checkpoints"])
+    check_alpha(config.alpha)
+    look, names = examiner(config), _by_weights(config.checkpoints)
+    claim(config.out / "run.json", to_json(config), ["checkpoints", "out", "alpha"])
     found = []
-    for file, name in tqdm(paths.items(), unit="model"):
-        path = config.out / file
+    for weights, name in tqdm(names.items(), unit="model"):
+        path = config.out / f"{weights}.json"
         if not path.exists():
             write_json(path, look(name).to_json())
-        found.append(finding_at(path))
+        found.append(Finding.load(path))
     calibration = Calibration.of(found)
     calibration.save(config.out / "calibration.json")
-    greatest = max(calibration.statistics)
+    greatest = max(calibration.statistics.values())
     print(f"{len(found)} models, statistic at most {greatest:.6g}; wrote {config.out / 'calibration.json'}")
+    reason = lacking(calibration, config.alpha) if config.defense == AUDIT else calibration.lacking(config.alpha)
+    if reason is not None:
+        print(f"it decides nothing yet: {reason}")
     return 0
 
 
-def _file_of(name: str) -> str:
-    return Path(find(name)).resolve().as_posix().strip("/").replace("/", "-") + ".json"
-
-
-def finding_at(path: Path) -> Finding:
-    """A finding that was written without its pictures.
-
-    Raises:
-        UserError: No such file, or another one.
-    """
-    values: dict[str, Any] = read_json(path)
-    return Finding(**values, trigger=None, images=None)
+def _by_weights(checkpoints: Sequence[str]) -> dict[str, str]:
+    """The checkpoints by the digest of their weights: a path says nothing of what lies there."""
+    names: dict[str, str] = {}
+    for name in checkpoints:
+        weights = checkpoint.digest(Model.load(name).network.state_dict())
+        if weights in names:
+            raise UserError(f"{names[weights]} and {name} are one model: expected each once")
+        names[weights] = name
+    return names

@@ -32,7 +32,7 @@ CONTROL: Final = "digits-badiffusion"
 """Whose trigger and target a clean model is tried with."""
 DETECTION: Final = 20_000
 """Images that a detector sends through the network: 9,000 to 22,000 with 20 steps of 256 pixels."""
-AUDITING: Final = 74_000
+AUDITING: Final = 75_000
 """Those of the audit, likewise."""
 SHOWN: Final = 16
 """Of a finding's images, in its picture."""
@@ -171,9 +171,11 @@ def repair(config: MatrixConfig, attack: str, name: str) -> None:
 
 
 def judged(config: MatrixConfig, finding: Finding) -> Finding:
-    """The finding with a verdict, where a calibration fits."""
+    """The finding with a verdict, where a calibration fits that the model is not in."""
     files = (*config.calibrations, *sorted((ASSETS / "calibration").glob("*.json")))
     settings = finding.details["settings"]
-    fits = (one for one in map(Calibration.load, files) if (one.defense, one.settings) == (finding.defense, settings))
-    known = next(fits, None)
-    return finding if known is None else known.judge(finding, config.alpha)
+    for one in map(Calibration.load, files):
+        own = finding.weights_sha256 in one.statistics
+        if (one.defense, one.settings) == (finding.defense, settings) and not own:
+            return one.judge(finding, config.alpha)
+    return finding

@@ -189,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print(
-            "\nbdengine: interrupted; called again, train, sample, matrix and demo go on from what they saved",
+            "\nbdengine: interrupted; called again, train, sample, calibrate, matrix and demo go on from what they saved",
             file=sys.stderr,
         )
         return 130

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from . import checkpoint, pictures
 from .commands import Model
 from .config import to_json
-from .defenses import DEFENSES, Calibration, Finding, Subject
+from .defenses import DEFENSES, Calibration, Defense, Finding, Subject
+from .defenses.result import check_alpha
+from .defenses.settings import settings as settings_of
 from .errors import UserError, unknown
 from .extractors import DigitFeatures
 from .files import write_json
-from .options import AuditConfig, DefendConfig
+from .options import CalibrateConfig, DefendConfig, ExamineConfig
 from .own import in_unit_range, is_preserving
 from .schedule import Schedule
 
 FEATURES = ("digits", "pixels")
 
 
-def subject_of(config: DefendConfig | AuditConfig, steps: int | None = None) -> tuple[Model, Subject]:
-    """The checkpoint, and what a defense is told of it.
+def subject_of(name: str, config: ExamineConfig, steps: int | None = None) -> tuple[Model, Subject]:
+    """The checkpoint of that name, and what a defense is told of it.
 
     Args:
         steps: Of the sampler, where neither the user nor the checkpoint says.
@@ -28,7 +31,7 @@ def subject_of(config: DefendConfig | AuditConfig, steps: int | None = None) -> 
     Raises:
         UserError: As `Model.load` and `Model.table`, or unknown features.
     """
-    model = Model.load(config.checkpoint)
+    model = Model.load(name)
     if config.steps is None and "sampler" not in model.train:
         config = replace(config, steps=steps)
     table, _ = model.table(config)
@@ -43,11 +46,11 @@ def subject_of(config: DefendConfig | AuditConfig, steps: int | None = None) -> 
     return model, Subject(model.network, process, table, DigitFeatures() if features == "digits" else None)
 
 
-def examined(config: DefendConfig) -> tuple[Model, Finding]:
-    """The checkpoint, and the finding with its verdict.
+def chosen(config: DefendConfig | CalibrateConfig) -> tuple[Defense, Any]:
+    """The defense, and its settings.
 
     Raises:
-        UserError: An unknown defense or variant, a calibration for what detects nothing or of something else.
+        UserError: No such defense or variant.
     """
     if config.defense not in DEFENSES:
         raise unknown("defense", config.defense, DEFENSES)
@@ -55,25 +58,36 @@ def examined(config: DefendConfig) -> tuple[Model, Finding]:
     variant = config.variant or next(iter(defense.variants))
     if variant not in defense.variants:
         raise unknown(f"variant of {config.defense}", variant, defense.variants)
+    settings = defense.variants[variant]
+    return defense, replace(settings, seed=config.seed) if hasattr(settings, "seed") else settings
+
+
+def examined(config: DefendConfig) -> tuple[Model, Finding]:
+    """The checkpoint, and the finding with its verdict.
+
+    Raises:
+        UserError: As `chosen` and `Calibration.check`, or a calibration for what detects nothing.
+    """
+    defense, settings = chosen(config)
     if config.calibration is not None and not defense.detects:
         raise UserError(f"a calibration was given for {config.defense}, which detects nothing: expected none")
     calibration = None if config.calibration is None else Calibration.load(config.calibration)
-    settings = defense.variants[variant]
-    if hasattr(settings, "seed"):
-        settings = replace(settings, seed=config.seed)
-    model, subject = subject_of(config)
+    check_alpha(config.alpha)
+    model, subject = subject_of(config.checkpoint, config)
+    if calibration is not None:
+        calibration.check(config.defense, settings_of(subject, settings), subject.weights_sha256)
     finding = defense.examine(subject, settings)
     return model, finding if calibration is None else calibration.judge(finding, config.alpha)
 
 
 def write_pictures(out: Path, model: Model, finding: Finding) -> list[str]:
-    """The finding's images and its trigger, as pictures and as a tensor; returns the names of the files in ``out``."""
+    """A subject's images and its trigger, as pictures and as a tensor; returns the names of the files in ``out``."""
     written = []
     if finding.images is not None:
-        pictures.save_png(out / "images.png", pictures.grid(model.shown(finding.images)))
+        pictures.save_png(out / "images.png", pictures.grid(finding.images))
         written.append("images.png")
     if finding.trigger is not None:
-        pictures.save_png(out / "trigger.png", pictures.grid(finding.trigger[None]))
+        pictures.save_png(out / "trigger.png", pictures.grid(model.shown(finding.trigger)[None]))
         checkpoint.write_safetensors(out / "trigger.safetensors", {"trigger": finding.trigger}, {})
         written += ["trigger.png", "trigger.safetensors"]
     return written
@@ -84,8 +98,7 @@ def defend(config: DefendConfig) -> int:
     model, finding = examined(config)
     written = write_pictures(config.out, model, finding)
     run = {name: value for name, value in to_json(config).items() if name != "out"}
-    described = {"run": run | {"weights_sha256": checkpoint.digest(model.network.state_dict())}}
-    write_json(config.out / "finding.json", finding.to_json() | described)
+    write_json(config.out / "finding.json", finding.to_json() | {"run": run})
     p = "" if finding.p_value is None else f", p = {finding.p_value:.3g}"
     print(f"{finding.defense}: {finding.verdict}, statistic {finding.statistic:.6g}{p}")
     print(f"{finding.evaluations:,} images through the network in {finding.seconds:.1f} s")

@@ -18,7 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from . import checkpoint
-from .auditing import AUDIT, finding_at
+from .auditing import AUDIT
 from .cells import (
     AUDITING,
     DETECTION,
@@ -35,6 +35,7 @@ from .cells import (
     score,
 )
 from .config import claim, to_json
+from .defenses import Finding
 from .defenses.clipping import CLIPS
 from .files import read_json
 from .matrix_page import Row, console, write_tables
@@ -123,7 +124,7 @@ def rows(config: MatrixConfig, attack: str) -> Iterator[Row]:
     for defense in config.defenses:
         if kind_of(defense) in DETECTORS:
             folder = config.cell(attack, defense)
-            finding = judged(config, finding_at(folder / "finding.json"))
+            finding = judged(config, Finding.load(folder / "finding.json"))
             yield Row.of_finding(finding, (attack, defense, own["name"]), folder / "images.png")
             continue
         repaired = [defense] if kind_of(defense) in REMOVALS else []

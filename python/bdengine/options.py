@@ -136,8 +136,26 @@ class EvaluateConfig:
     """Replay each step as a CUDA graph; needs a GPU."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExamineConfig:
+    """How a checkpoint is sampled, looked at and judged."""
+
+    alpha: float = 0.05
+    """Share of clean models that may be called backdoored."""
+    features: str | None = None
+    """What tells images apart: digits or pixels; digits for a checkpoint trained on them where absent."""
+    sampler: str | None = None
+    """One that bdengine samplers lists, or own; what the checkpoint was made for where absent, else ddpm, else own."""
+    steps: int | None = None
+    """Steps of the sampler; what the checkpoint says where absent, else 20 in an audit."""
+    order: int | None = None
+    """Order of a solver that has several."""
+    eta: float | None = None
+    """Noise of ddim."""
+
+
 @dataclass(frozen=True)
-class DefendConfig:
+class DefendConfig(ExamineConfig):
     """Examine a checkpoint with one defense; writes finding.json, images.png and the inverted trigger.
 
     bdengine defend digits-badiffusion --defense elijah --out runs/elijah
@@ -155,18 +173,6 @@ class DefendConfig:
     """Which of the defense's settings: what kind of backdoor it looks for; its first where absent."""
     calibration: Path | None = None
     """The defense's statistic on clean models (bdengine.defenses.Calibration), without which nothing is decided."""
-    alpha: float = 0.05
-    """Share of clean models that may be called backdoored."""
-    features: str | None = None
-    """What tells images apart: digits or pixels; digits for a checkpoint trained on them where absent."""
-    sampler: str | None = None
-    """One that bdengine samplers lists, or own; what the checkpoint was made for where absent, else ddpm, else own."""
-    steps: int | None = None
-    """Steps of the sampler."""
-    order: int | None = None
-    """Order of a solver that has several."""
-    eta: float | None = None
-    """Noise of ddim."""
     seed: int = 0
     """Everything that the defense draws follows from it."""
 
@@ -209,7 +215,7 @@ class RepairConfig:
 
 
 @dataclass(frozen=True)
-class AuditConfig:
+class AuditConfig(ExamineConfig):
     """Say whether a checkpoint has a backdoor, without data: looks from cheap to dear and stops when the evidence is decisive.
 
     bdengine audit digits-badiffusion --out runs/audit
@@ -225,35 +231,27 @@ class AuditConfig:
     """Folder for what is found."""
     calibration: Path | None = None
     """What clean models of the same family do, as bdengine calibrate writes it; one in the package that fits where absent."""
-    alpha: float = 0.01
-    """Chance of a false alarm in the test; n clean models in the calibration add 1 / (n + 1)."""
-    features: str | None = None
-    """What tells images apart: digits or pixels; digits for a checkpoint trained on them where absent."""
-    sampler: str | None = None
-    """One that bdengine samplers lists, or own; what the checkpoint was made for where absent, else ddpm, else own."""
-    steps: int | None = None
-    """Steps of the sampler; 20 where neither you nor the checkpoint says."""
-    order: int | None = None
-    """Order of a solver that has several."""
-    eta: float | None = None
-    """Noise of ddim."""
 
 
 @dataclass(frozen=True)
-class CalibrateConfig:
+class CalibrateConfig(ExamineConfig):
     """Measure what clean models do, for the verdicts of audit and defend; goes on where it stopped.
 
-    bdengine calibrate clean/a clean/b clean/c --defense audit --out mine
+    bdengine calibrate clean/* --out mine
+
+    bdengine calibrate clean/* --defense elijah --variant searched --alpha 0.05 --out mine/elijah
     """
 
     checkpoints: tyro.conf.Positional[tuple[str, ...]]
-    """Clean models of one family, trained alike and not from each other; 19 give p-values down to 0.05."""
+    """Clean models of one family, trained alike and not from each other; an alpha of 0.05 needs 20."""
     out: Path
     """Folder for calibration.json and a finding of each model."""
     defense: str = "audit"
     """audit, or a defense that detects."""
     variant: str | None = None
-    """Which of the defense's settings; its first where absent."""
+    """Which of the defense's settings; its first where absent. The audit has none."""
+    seed: int = 0
+    """Everything that the defense draws follows from it. The audit has none."""
 
 
 @dataclass(frozen=True)

@@ -77,8 +77,9 @@ def test_the_loss_rises_within_the_budget_and_the_model_is_left_alone() -> None:
 
 def test_what_is_sampled_is_the_perturbed_network() -> None:
     network = tiny_unet()
-    ours = Perturbation(Subject(network, PROCESS, DDPM), IMAGES, replace(QUICK, steps=3))
-    with Watch(network):
+    examined = Subject(network, PROCESS, DDPM)
+    ours = Perturbation(examined, IMAGES, replace(QUICK, steps=3))
+    with Watch(examined):
         ours.rise()
     expected = ours.loss(5, ours.perturbed())
     ours.write()

@@ -13,7 +13,7 @@ from bdengine import defend
 from bdengine.cli import main
 from bdengine.defenses import DEFENSES, Calibration, clipping, elijah
 from bdengine.errors import UserError
-from bdengine.options import DefendConfig
+from bdengine.options import DefendConfig, ExamineConfig
 
 
 def run(*arguments: object) -> int:
@@ -54,13 +54,20 @@ def test_with_a_calibration_it_decides(
     config = DefendConfig(str(tiny_checkpoint), tmp_path, "elijah", steps=3, calibration=tmp_path / "clean.json")
     _, finding = defend.examined(replace(config, calibration=None))
     for difference, verdict in ((-1e-6, "backdoored"), (0.0, "no evidence")):
-        clean = Calibration("elijah", finding.details["settings"], (finding.statistic + difference,) * 19)
+        clean = Calibration(
+            "elijah", finding.details["settings"], dict.fromkeys(map(str, range(19)), finding.statistic + difference)
+        )
         clean.save(tmp_path / "clean.json")
         assert defend.defend(config) == 0
         assert f"elijah: {verdict}, statistic" in capsys.readouterr().out
         assert json.loads((tmp_path / "finding.json").read_text())["verdict"] == verdict
     with pytest.raises(UserError, match="made with seed 0: expected 1"):
         defend.examined(replace(config, seed=1))
+    Calibration("elijah", clean.settings, clean.statistics | {finding.weights_sha256: 0.0}).save(
+        tmp_path / "clean.json"
+    )
+    with pytest.raises(UserError, match="is in the calibration already"):
+        defend.examined(config)
 
 
 def test_clipping_costs_and_detects_nothing(
@@ -69,7 +76,7 @@ def test_clipping_costs_and_detects_nothing(
     assert run("defend", tiny_checkpoint, "--defense", "clipping", "--steps", 2, "--out", tmp_path) == 0
     assert "undecided since clipping detects nothing" in capsys.readouterr().out
     assert {p.name for p in tmp_path.iterdir()} == {"finding.json", "images.png"}
-    _, subject = defend.subject_of(DefendConfig(str(tiny_checkpoint), tmp_path, "clipping", steps=2))
+    _, subject = defend.subject_of(str(tiny_checkpoint), ExamineConfig(steps=2))
     latent = clipping.examine(subject, clipping.ClippingConfig("latent"))
     none = clipping.examine(subject, clipping.ClippingConfig("none"))
     assert none.statistic == 0 < latent.statistic

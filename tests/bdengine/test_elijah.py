@@ -112,7 +112,7 @@ def test_a_run_has_the_same_bits_again_and_trains_no_weight() -> None:
 
 def test_while_it_is_watched_a_network_is_frozen() -> None:
     network = tiny_unet().requires_grad_(True).train()
-    with Watch(network) as watch:
+    with Watch(Subject(network, PROCESS, DDPM)) as watch:
         assert not network.training
         assert not any(p.requires_grad for p in network.parameters())
         network(torch.zeros(3, 1, 8, 8), torch.tensor(5))

@@ -16,12 +16,12 @@ from bdengine.errors import UserError
 
 def finding(statistic: float, **more: object) -> Finding:
     details = {"reason": "no calibration", "settings": {"lam": 0.5, "start": [-1.0, 0.0]}}
-    one = Finding("elijah", statistic, None, "undecided", torch.ones(1, 2, 2), None, 7, 0.5, details)
+    one = Finding("elijah", statistic, None, "undecided", torch.ones(1, 2, 2), None, 7, 0.5, details, "examined")
     return replace(one, **more)  # type: ignore[arg-type]
 
 
 def calibration(count: int) -> Calibration:
-    return Calibration.of([finding(float(s)) for s in range(count)])
+    return Calibration.of([finding(float(s), weights_sha256=f"model {s}") for s in range(count)])
 
 
 def test_the_p_value_counts_clean_models_at_least_as_large() -> None:
@@ -35,7 +35,8 @@ def test_of_clean_models_no_more_than_alpha_are_called_backdoored() -> None:
         for alpha in (0.025, 0.05, 0.1, 0.5):
             called = 0
             for i, value in enumerate(values):
-                others = Calibration("elijah", finding(0).details["settings"], tuple(np.delete(values, i)))
+                of = {str(k): s for k, s in enumerate(np.delete(values, i).tolist())}
+                others = Calibration("elijah", finding(0).details["settings"], of)
                 called += others.judge(finding(value), alpha).verdict == "backdoored"
             assert called <= alpha * len(values)
             assert called == alpha * len(values) or len(set(values)) < 40
@@ -48,7 +49,9 @@ def test_a_verdict() -> None:
     assert "reason" not in high.details
     few = calibration(18).judge(finding(99.0))
     assert few.verdict == "undecided"
-    assert few.details["reason"] == "18 clean models give no p-value below 0.0526; alpha is 0.05"
+    reason = "18 clean models give no p-value below 0.0526 and alpha is 0.05: expected at least 19"
+    assert few.details["reason"] == calibration(18).lacking(0.05) == reason
+    assert calibration(19).lacking(0.05) is None
     assert calibration(18).judge(finding(99.0), 0.1).verdict == "backdoored"
 
 
@@ -61,6 +64,9 @@ def test_to_disk_and_back(tmp_path: Path) -> None:
     assert written["p_value"] == 0.5
     assert written["evaluations"] == 7
     assert not {"trigger", "images"} & set(written)
+    (tmp_path / "finding.json").write_text(json.dumps(written | {"run": {"seed": 0}}))
+    again = Finding.load(tmp_path / "finding.json")
+    assert vars(again) == vars(replace(clean.judge(finding(2.0)), trigger=None))
 
 
 def test_another_calibration_is_refused(tmp_path: Path) -> None:
@@ -73,6 +79,40 @@ def test_another_calibration_is_refused(tmp_path: Path) -> None:
         clean.judge(finding(1.0), 1)
     with pytest.raises(UserError, match="has no findings"):
         Calibration.of([])
+    with pytest.raises(UserError, match="the model of weights model 1 is in the calibration already"):
+        clean.judge(finding(1.0, weights_sha256="model 1"))
+    with pytest.raises(UserError, match="the model of weights examined is in the calibration already"):
+        Calibration.of([finding(1.0), finding(2.0)])
     (tmp_path / "other.json").write_text('{"defense": "elijah"}')
     with pytest.raises(UserError, match="is no calibration: expected defense, settings and statistics"):
+        Calibration.load(tmp_path / "other.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ('{"defense": "elijah", "statis', "is not JSON"),
+        ('{"defense": "elijah"}', "is no finding: expected statistic in it"),
+        (json.dumps(finding(1.0).to_json() | {"details": {}}), "is no finding: expected settings in its details"),
+        (json.dumps(finding(1.0).to_json() | {"statistic": "1"}), "has '1' for statistic: expected a number"),
+        (json.dumps(finding(float("nan")).to_json()), "has nan for statistic: expected a number"),
+    ],
+)
+def test_a_file_that_is_no_finding_is_named(tmp_path: Path, text: str, sentence: str) -> None:
+    (tmp_path / "other.json").write_text(text)
+    with pytest.raises(UserError, match=rf"other\.json {sentence}"):
+        Finding.load(tmp_path / "other.json")
+
+
+@pytest.mark.parametrize(
+    ("statistics", "sentence"),
+    [
+        ([0.5, 0.25], "is no calibration: expected settings and statistics by name"),
+        ({}, "has no statistics"),
+        ({"model": None}, "has None for model: expected a number"),
+    ],
+)
+def test_a_file_that_is_no_calibration_is_named(tmp_path: Path, statistics: object, sentence: str) -> None:
+    (tmp_path / "other.json").write_text(json.dumps({"defense": "elijah", "settings": {}, "statistics": statistics}))
+    with pytest.raises(UserError, match=rf"other\.json {sentence}"):
         Calibration.load(tmp_path / "other.json")

@@ -129,9 +129,10 @@ def test_a_detector_decides_with_a_calibration_that_fits(tmp_path: Path) -> None
     options = ("--attacks", "digits-badiffusion", "--defenses", "elijah", "--samplers", "ddpm", *SMALL)
     assert run("--out", tmp_path, *options) == 0
     finding = json.loads((tmp_path / "cells" / "digits-badiffusion" / "elijah" / "finding.json").read_text())
-    settings, clean = finding["details"]["settings"], tuple(finding["statistic"] - k for k in range(1, 20))
+    settings, clean = finding["details"]["settings"], {f"model {k}": finding["statistic"] - k for k in range(1, 20)}
     fits, other = Calibration("elijah", settings, clean), Calibration("elijah", settings | {"noises": 5}, clean)
-    for calibration, verdict, p in ((other, "undecided", None), (fits, "backdoored", 0.05)):
+    own = Calibration("elijah", settings, clean | {finding["weights_sha256"]: 0.0})
+    for calibration, verdict, p in ((other, "undecided", None), (own, "undecided", None), (fits, "backdoored", 0.05)):
         calibration.save(tmp_path / "calibration.json")
         assert run("--out", tmp_path, *options, "--calibrations", tmp_path / "calibration.json") == 0
         row = rows(tmp_path)["digits-badiffusion", "elijah", "ddpm"]

@@ -42,6 +42,7 @@ from ..networks import split_spread
 from ..plan import below
 from . import features
 from .result import Finding
+from .settings import settings
 from .subject import Subject, Watch, run_seeds
 
 
@@ -147,7 +148,7 @@ def examine(subject: Subject, config: AnpConfig) -> Finding:
     """Perturb a copy of the network; how far its loss rose, and its samples from noise alone."""
     subject = replace(subject, network=copy.deepcopy(subject.network))
     arm = Arm(subject.table)
-    with Watch(subject.network) as watch:
+    with Watch(subject) as watch:
         perturbation = Perturbation(subject, subject.images(arm, config.images).clamp(-1, 1), config)
         statistic = perturbation.rise()
         perturbation.write()
@@ -156,6 +157,6 @@ def examine(subject: Subject, config: AnpConfig) -> Finding:
         "uniformity": features.uniformity(images, subject.extractor),
         "excess": features.excess(images),
         "largest": max(float(scale.detach().abs().max()) for scale in perturbation.scale.values()),
-        "settings": subject.settings(config),
+        "settings": settings(subject, config),
     }
     return watch.finding("anp", statistic, None, images, details)

@@ -19,6 +19,7 @@ from ..arms import Arm
 from ..solvers import Clip
 from . import features
 from .result import Finding
+from .settings import settings
 from .subject import Subject, Watch
 
 CLIPS: Final[tuple[Clip, ...]] = ("none", "latent", "x0")
@@ -42,10 +43,15 @@ VARIANTS: Final = {"latent": ClippingConfig(), "x0": ClippingConfig("x0")}
 
 
 def examine(subject: Subject, config: ClippingConfig) -> Finding:
-    """Clean samples as the clip makes them, and how far it moves them: a cost, no evidence."""
+    """Clean samples as the clip makes them, and how far it moves them: a cost, no evidence.
+
+    Raises:
+        UserError: A variance exploding model, whose states do not lie in [-1, 1].
+    """
+    subject.preserving("clipping")
     arm = Arm(subject.table)
-    with Watch(subject.network) as watch:
+    with Watch(subject) as watch:
         plain, clipped = (subject.images(one, features.IMAGES) for one in (arm, arm.clipped(config.clip)))
     cost = float(metrics.mse(clipped, plain.clamp(-1, 1)).mean())
-    details = {"reason": "clipping detects nothing: it is for sampling", "settings": subject.settings(config)}
+    details = {"reason": "clipping detects nothing: it is for sampling", "settings": settings(subject, config)}
     return watch.finding("clipping", cost, None, clipped, details)

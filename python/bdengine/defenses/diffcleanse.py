@@ -31,6 +31,7 @@ import bdkernels
 from ..arms import Arm
 from . import features
 from .result import Finding
+from .settings import settings
 from .starts import start_of
 from .subject import Subject, Watch, run_seeds
 
@@ -81,7 +82,12 @@ def rounded(tau: Tensor) -> Tensor:
 
 
 def invert(subject: Subject, config: DiffCleanseConfig) -> tuple[Tensor, Tensor, list[float]]:
-    """``tau*``, float32 [C, H, W], its images on the CPU, and the loss of each iteration."""
+    """``tau*``, float32 [C, H, W], its images on the CPU, and the loss of each iteration.
+
+    Raises:
+        UserError: A variance exploding model, whose triggers do not lie in [-1, 1].
+    """
+    subject.preserving("diffcleanse")
     shape = subject.network.sample_shape
     if config.searched:
         tau = start_of(subject, None, config.seed)[0]
@@ -107,8 +113,10 @@ def invert(subject: Subject, config: DiffCleanseConfig) -> tuple[Tensor, Tensor,
 
 def examine(subject: Subject, config: DiffCleanseConfig) -> Finding:
     """Invert a shift, and measure how alike its images are."""
-    with Watch(subject.network) as watch:
+    with Watch(subject) as watch:
         tau, images, losses = invert(subject, config)
-    finding = watch.alike("diffcleanse", subject, config, tau, images, losses)
+    finding = watch.alike(
+        "diffcleanse", settings(subject, config, same=ALIKE, range=RANGE, outside=OUTSIDE), tau, images, losses
+    )
     finding.details["found"] = float(found(images).float().mean())
     return finding

@@ -37,6 +37,7 @@ from ..attacks import trojdiff
 from ..attacks.trojdiff import BLEND_GAMMA
 from . import features
 from .result import Finding
+from .settings import settings
 from .starts import start_of
 from .subject import Subject, Watch, run_seeds
 
@@ -108,7 +109,7 @@ def arm_of(subject: Subject, tau: Tensor, gamma: float | None) -> Arm:
 
 def examine(subject: Subject, config: ElijahConfig) -> Finding:
     """Invert a shift, make `features.IMAGES` images with it, and measure how alike they are."""
-    with Watch(subject.network) as watch:
+    with Watch(subject) as watch:
         tau, losses = invert(subject, config)
         images = subject.images(arm_of(subject, tau, config.gamma), features.IMAGES)
-    return watch.alike("elijah", subject, config, tau, images, losses)
+    return watch.alike("elijah", settings(subject, config), tau, images, losses)

@@ -50,6 +50,7 @@ from ..solvers import Table
 from ..solvers.table import blank
 from . import features
 from .result import Finding
+from .settings import settings
 from .starts import start_of
 from .subject import Subject, Watch, run_seeds
 
@@ -174,7 +175,7 @@ def amplify(trigger: Tensor, inverted: Tensor, how: Amplification = "replace") -
 
 def examine(subject: Subject, config: PureDiffusionConfig) -> Finding:
     """Invert a shift, make `features.IMAGES` images with it, and measure how alike they are."""
-    with Watch(subject.network) as watch:
+    with Watch(subject) as watch:
         tau, losses = invert(subject, config)
         images = subject.images(Arm(subject.table, tau.cpu()), features.IMAGES)
-    return watch.alike("purediffusion", subject, config, tau, images, losses)
+    return watch.alike("purediffusion", settings(subject, config), tau, images, losses)

@@ -3,15 +3,17 @@
     p = (1 + #{clean models whose statistic >= s}) / (n + 1)          backdoored where p <= alpha
 
 ``s`` is the defense's statistic, large where a backdoor is suspected, and the ``n`` clean models are of the examined model's
-family and not its relatives in training. If the examined model is clean too, all ``n + 1`` statistics are exchangeable, so
-``p <= alpha`` at a rate of ``alpha`` at most, whatever their law. Nothing else decides: no published threshold carries over to
-another family of models. Source: Vovk, Gammerman and Shafer 2005, chapter 2 (conformal p-values).
+family, each counted once; neither it nor its relatives in training are among them. If the examined model is clean too, all
+``n + 1`` statistics are exchangeable, so ``p <= alpha`` at a rate of ``alpha`` at most, whatever their law; no longer if a
+clean model was left out for its statistic. With ``n < 1 / alpha - 1`` it cannot decide. Nothing else decides: no published
+threshold carries over to another family of models. Source: Vovk, Gammerman and Shafer 2005, chapter 2 (conformal p-values).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +40,7 @@ class Finding:
         evaluations: Images that went through the network, forwards.
         seconds: Wall-clock time.
         details: Values of JSON types; "settings" is what the statistic depends on, "reason" why nothing was decided.
+        weights_sha256: Which model it is.
     """
 
     defense: str
@@ -49,6 +52,24 @@ class Finding:
     evaluations: int
     seconds: float
     details: dict[str, Any]
+    weights_sha256: str
+
+    @classmethod
+    def load(cls, path: Path) -> Finding:
+        """From a file that holds `to_json`, without its pictures.
+
+        Raises:
+            UserError: No such file, or another one.
+        """
+        values = read_json(path)
+        needed = [field.name for field in fields(cls) if field.name not in ("trigger", "images")]
+        for name in needed:
+            if name not in values:
+                raise UserError(f"{path} is no finding: expected {name} in it, as in what defend or calibrate writes")
+        if not isinstance(values["details"], dict) or "settings" not in values["details"]:
+            raise UserError(f"{path} is no finding: expected settings in its details")
+        _numbers(path, {"statistic": values["statistic"]})
+        return cls(**{name: values[name] for name in needed}, trigger=None, images=None)
 
     def to_json(self) -> dict[str, Any]:
         """All but the images, as JSON types."""
@@ -63,25 +84,26 @@ class Calibration:
     Attributes:
         defense: Its name.
         settings: What the statistic depends on: the findings' "settings".
-        statistics: One a clean model.
+        statistics: One a clean model, by the SHA-256 of its weights.
     """
 
     defense: str
     settings: dict[str, Any]
-    statistics: tuple[float, ...]
+    statistics: dict[str, float]
 
     @classmethod
     def of(cls, findings: Sequence[Finding]) -> Calibration:
         """From findings on clean models.
 
         Raises:
-            UserError: None, or of different defenses or settings.
+            UserError: None, of different defenses or settings, or two of one model.
         """
         if not findings:
             raise UserError("the calibration has no findings: expected one a clean model")
-        one = cls(findings[0].defense, findings[0].details["settings"], tuple(f.statistic for f in findings))
+        one = cls(findings[0].defense, findings[0].details["settings"], {})
         for finding in findings:
-            one.check(finding.defense, finding.details["settings"])
+            one.check(finding.defense, finding.details["settings"], finding.weights_sha256)
+            one.statistics[finding.weights_sha256] = finding.statistic
         return one
 
     @classmethod
@@ -92,10 +114,13 @@ class Calibration:
             UserError: No such file, or another one.
         """
         values = read_json(path)
-        if not isinstance(values, dict) or set(values) != {"defense", "settings", "statistics"}:
+        if set(values) != {"defense", "settings", "statistics"}:
             raise UserError(f"{path} is no calibration: expected defense, settings and statistics in it")
+        if not isinstance(values["settings"], dict) or not isinstance(values["statistics"], dict):
+            raise UserError(f"{path} is no calibration: expected settings and statistics by name in it")
         if not values["statistics"]:
             raise UserError(f"{path} has no statistics: expected one a clean model")
+        _numbers(path, values["statistics"])
         return from_json(cls, values)
 
     def save(self, path: Path) -> None:
@@ -104,29 +129,41 @@ class Calibration:
 
     def p_value(self, statistic: float) -> float:
         """The module's ``p``."""
-        return (1 + sum(s >= statistic for s in self.statistics)) / (len(self.statistics) + 1)
+        return (1 + sum(s >= statistic for s in self.statistics.values())) / (len(self.statistics) + 1)
 
     def judge(self, finding: Finding, alpha: float = 0.05) -> Finding:
         """The finding with its p-value and verdict; undecided where so few clean models could never give ``p <= alpha``.
 
         Raises:
-            UserError: ``alpha`` outside (0, 1), or another defense or other settings than the calibration's.
+            UserError: ``alpha`` outside (0, 1), or as `check`.
         """
-        if not 0 < alpha < 1:
-            raise UserError(f"alpha is {alpha}: expected between 0 and 1")
-        self.check(finding.defense, finding.details["settings"])
-        p, least = self.p_value(finding.statistic), 1 / (len(self.statistics) + 1)
+        self.check(finding.defense, finding.details["settings"], finding.weights_sha256)
+        p, reason = self.p_value(finding.statistic), self.lacking(alpha)
         details = {name: value for name, value in finding.details.items() if name != "reason"} | {"alpha": alpha}
-        if least > alpha:
-            reason = f"{len(self.statistics)} clean models give no p-value below {least:.3g}; alpha is {alpha:g}"
+        if reason is not None:
             return replace(finding, p_value=p, verdict="undecided", details=details | {"reason": reason})
         return replace(finding, p_value=p, verdict="backdoored" if p <= alpha else "no evidence", details=details)
 
-    def check(self, defense: str, settings: dict[str, Any]) -> None:
-        """Refuse what would make another statistic.
+    def lacking(self, alpha: float) -> str | None:
+        """Why it can call no model backdoored at a rate of ``alpha``; None where it can.
 
         Raises:
-            UserError: As said.
+            UserError: ``alpha`` outside (0, 1).
+        """
+        check_alpha(alpha)
+        count = len(self.statistics)
+        if 1 / (count + 1) <= alpha:
+            return None
+        return (
+            f"{count} clean models give no p-value below {1 / (count + 1):.3g} and alpha is {alpha:g}: expected at least"
+            f" {math.ceil(1 / alpha) - 1}"
+        )
+
+    def check(self, defense: str, settings: dict[str, Any], weights_sha256: str) -> None:
+        """Refuse a finding that is not to be held against it, before or after it is made.
+
+        Raises:
+            UserError: Another defense, other settings, or a model of the calibration itself.
         """
         if defense != self.defense:
             raise UserError(f"the calibration is of {self.defense}: expected one of {defense}")
@@ -136,3 +173,24 @@ class Calibration:
                     f"the calibration was made with {name} {self.settings.get(name)!r}: expected {settings.get(name)!r},"
                     " as the examined model had"
                 )
+        if weights_sha256 in self.statistics:
+            raise UserError(
+                f"the model of weights {weights_sha256[:16]} is in the calibration already: expected another model, under"
+                " whatever name"
+            )
+
+
+def check_alpha(alpha: float) -> None:
+    """Refuse what is no rate.
+
+    Raises:
+        UserError: ``alpha`` outside (0, 1).
+    """
+    if not 0 < alpha < 1:
+        raise UserError(f"alpha is {alpha}: expected between 0 and 1")
+
+
+def _numbers(path: Path, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        if not isinstance(value, float | int) or not math.isfinite(value):
+            raise UserError(f"{path} has {value!r} for {name}: expected a number")

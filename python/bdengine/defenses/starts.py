@@ -14,7 +14,8 @@ that starts there finds the trigger:
     cosine with the trigger               0.02   0.58     -0.37          0.92
     images at the target                   0 %    0 %       0 %         100 %
 
-The search takes a model's own sampler as it is, and asks it for `IMAGES` images of each of 69 shifts at 16 pixels.
+The search takes a model's own sampler as it is, and asks it for `IMAGES` images of each of 69 shifts
+from 16 pixels on; below, strides are rounded down to other numbers.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ import torch
 from torch import Tensor
 
 from ..arms import Arm
-from ..sampler import Sampler
 from . import features
 from .subject import Subject, uniform_image
 
@@ -63,7 +63,7 @@ def _squares(height: int, width: int) -> Iterator[tuple[slice, slice]]:
 def images_from(subject: Subject, shifts: Tensor, count: int = IMAGES) -> Tensor:
     """Samples of seeds ``0 .. count`` from ``eps + tau_k``, float32 [K, count, C, H, W] on the CPU."""
     arms = {str(k): Arm(subject.table, shift) for k, shift in enumerate(shifts.cpu())}
-    return torch.stack([*Sampler(subject.network, arms, MICRO_BATCH)(range(count)).values()])
+    return torch.stack([*subject.sampled(arms, range(count), MICRO_BATCH).values()])
 
 
 def searched(subject: Subject) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from types import TracebackType
 from typing import Any
@@ -17,7 +18,7 @@ import bdkernels
 from bdkernels import noise as contract
 
 from ..arms import Arm
-from ..config import to_json
+from ..checkpoint import digest
 from ..errors import UserError
 from ..extractors import Extractor
 from ..networks import Network, split_spread
@@ -63,7 +64,9 @@ class Subject:
             UserError: It has none, and the ``defense`` is defined with one.
         """
         if self.process is None:
-            raise UserError(f"{defense} needs betas and the model is variance exploding: expected elijah")
+            raise UserError(
+                f"{defense} needs betas and the model is variance exploding: expected elijah, ufid or the audit"
+            )
         return self.process
 
     def eps(self, x: Tensor, t: Tensor) -> Tensor:
@@ -77,26 +80,32 @@ class Subject:
         sigma = torch.tensor(self.table.timesteps[0], dtype=x.dtype, device=x.device)
         return -sigma * self.eps(sigma * x, sigma)
 
-    def images(self, arm: Arm, count: int) -> Tensor:
-        """Samples of seeds ``0 .. count``, float32 [count, C, H, W] on the CPU."""
-        return Sampler(self.network, {"": arm}, count)(range(count))[""]
+    @cached_property
+    def weights_sha256(self) -> str:
+        """`checkpoint.digest` of its network: which model this is, wherever it lies."""
+        return digest(self.network.state_dict())
 
-    def settings(self, variant: Any) -> dict[str, Any]:
-        """What a statistic depends on beside the weights."""
-        of = "pixels" if self.extractor is None else self.extractor.name
-        return to_json(variant) | {"sampler": self.table.name, "features": of}
+    def sampled(self, arms: Mapping[str, Arm], seeds: Sequence[int], micro_batch: int) -> dict[str, Tensor]:
+        """Samples by arm, float32 [N, C, H, W] on the CPU, about [-1, 1]: also those that a model makes about [0, 1]."""
+        made = Sampler(self.network, arms, micro_batch)(seeds)
+        return made if self.process is not None else {name: 2 * images - 1 for name, images in made.items()}
+
+    def images(self, arm: Arm, count: int) -> Tensor:
+        """`sampled` of seeds ``0 .. count``, [count, C, H, W]."""
+        return self.sampled({"": arm}, range(count), count)[""]
 
 
 class Watch:
-    """While it is open a network is frozen, so that gradients reach the trigger alone, and what goes through is counted.
+    """While it is open a subject's network is frozen, so that gradients reach the trigger alone, and images are counted.
 
     Attributes:
-        evaluations: Images that went through.
+        evaluations: Images that went through the network.
         seconds: How long it was open.
     """
 
-    def __init__(self, network: nn.Module) -> None:
-        self.network, self.evaluations, self.seconds = network, 0, 0.0
+    def __init__(self, subject: Subject) -> None:
+        self.subject, self.network, self.evaluations, self.seconds = subject, subject.network, 0, 0.0
+        self.weights_sha256 = subject.weights_sha256  # before anything can change them
 
     def __enter__(self) -> Watch:
         self._trained = [p for p in self.network.parameters() if p.requires_grad]
@@ -126,20 +135,21 @@ class Watch:
         r = None if trigger is None else trigger.detach().cpu()
         images = None if images is None else images.detach().cpu()
         found = {"reason": reason} | details
-        return Finding(defense, statistic, None, "undecided", r, images, self.evaluations, self.seconds, found)
+        spent = (self.evaluations, self.seconds)
+        return Finding(defense, statistic, None, "undecided", r, images, *spent, found, self.weights_sha256)
 
     def alike(
-        self, defense: str, subject: Subject, config: Any, tau: Tensor, images: Tensor, losses: Sequence[Any]
+        self, defense: str, settings: dict[str, Any], tau: Tensor, images: Tensor, losses: Sequence[Any]
     ) -> Finding:
         """That images made with the shift ``tau``, found under ``losses``, are alike: the less unlike the more so."""
-        uniformity, excess = features.uniformity(images, subject.extractor), features.excess(images)
+        uniformity, excess = features.uniformity(images, self.subject.extractor), features.excess(images)
         details = {
             "uniformity": uniformity,
             "excess": excess,
             "total_variation": features.total_variation(images),
             "trigger_norm": float(tau.norm()),
             "losses": [losses[0], losses[-1]],
-            "settings": subject.settings(config),
+            "settings": settings,
         }
         return self.finding(defense, -(uniformity + excess), tau, images, details)
 

@@ -57,6 +57,7 @@ from ..solvers import Nodes, Table, ddim
 from ..solvers.table import blank
 from . import features
 from .result import Finding
+from .settings import settings
 from .starts import start_of
 from .subject import Subject, Watch, run_seeds
 
@@ -242,7 +243,7 @@ def predicted_errors(mu: Tensor, shift: Tensor) -> tuple[float, float]:
 
 def examine(subject: Subject, config: TerdConfig) -> Finding:
     """Both stages, the statistic, and what is made of ``eps + mu``."""
-    with Watch(subject.network) as watch:
+    with Watch(subject) as watch:
         inversion = Inversion(subject, config)
         losses = inversion.run()
         mu, gamma = inversion.mu.detach()[0], None if inversion.gamma is None else inversion.gamma.detach()[0]
@@ -259,6 +260,6 @@ def examine(subject: Subject, config: TerdConfig) -> Finding:
         "trigger_norm": float(mu.norm()),
         "gamma": None if gamma is None else float(gamma.mean()),
         "losses": losses,
-        "settings": subject.settings(config),
+        "settings": settings(subject, config, window=WINDOW, ddim_steps=DDIM_STEPS),
     }
     return watch.finding("terd", mean, mu, images, details)

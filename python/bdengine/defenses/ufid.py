@@ -29,9 +29,9 @@ from torch.nn import functional as F
 from ..arms import Arm
 from ..errors import UserError
 from ..extractors import Extractor
-from ..sampler import Sampler
 from . import features, starts
 from .result import Finding
+from .settings import settings
 from .subject import Subject, Watch
 
 
@@ -70,7 +70,7 @@ def densities(subject: Subject, queries: Tensor, images: int = starts.IMAGES, w:
         raise UserError(f"the share of new noise is {w:g}: expected above 0 and below 0.75, where a trigger is lost")
     table = replace(subject.table, gamma=math.sqrt(w))
     arms = {str(k): Arm(table, math.sqrt(1 - w) * q) for k, q in enumerate(queries.cpu())}
-    made = Sampler(subject.network, arms, starts.MICRO_BATCH)(range(images)).values()
+    made = subject.sampled(arms, range(images), starts.MICRO_BATCH).values()
     return torch.tensor([density(one, subject.extractor) for one in made], dtype=torch.float64)
 
 
@@ -83,7 +83,7 @@ def examine(subject: Subject, config: UfidConfig) -> Finding:
     """The model's form: the shift whose images are most alike, and those images."""
     _check(config.images)
     shifts = starts.candidates(subject)
-    with Watch(subject.network) as watch:
+    with Watch(subject) as watch:
         made = starts.images_from(subject, shifts, config.images)
     graphs = [density(images, subject.extractor) for images in made]
     scores = [graph - features.excess(images) for graph, images in zip(graphs, made, strict=True)]
@@ -92,6 +92,6 @@ def examine(subject: Subject, config: UfidConfig) -> Finding:
         "density": graphs[best],
         "excess": features.excess(made[best]),
         "queries": len(shifts),
-        "settings": subject.settings(config),
+        "settings": settings(subject, config),
     }
     return watch.finding("ufid", scores[best], shifts[best], made[best], details)
