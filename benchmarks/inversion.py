@@ -137,6 +137,6 @@ def iteration(shape: Shape, device: torch.device = HOST) -> dict[str, Provider]:
     return {
         "diffusers": theirs(usual),
         "torch": theirs(frozen),
-        **dict.fromkeys((*ours(device), REFERENCE), fused),
+        **dict.fromkeys(ours(device) or (REFERENCE,), fused),
         CEILING: Provider(ceiling),
     }

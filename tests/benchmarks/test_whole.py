@@ -36,7 +36,9 @@ def test_they_are_measured_where_they_are_asked_for() -> None:
     assert shapes("loop") == ((256, 1, 16, 16), (8, 3, 32, 32))
 
 
-@pytest.mark.parametrize(("op", "share"), [("loop", "step_share"), ("train", "input_share")])
+@pytest.mark.parametrize(
+    ("op", "share"), [("loop", "step_share"), ("train", "input_share"), ("inversion", "step_share")]
+)
 def test_rows_have_their_speed_and_their_share(
     op: str, share: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -60,6 +62,15 @@ def test_a_sampler_that_is_off_is_not_timed(
     monkeypatch.setattr(Sampler, "batch", lambda *arguments: batch(*arguments) + 1e-3)
     assert run.main(["loop", *TINY, "--shapes", "4x1x16x16"]) == 1
     assert f"loop: {OURS} is wrong, so nothing is timed: the worst of 4 images is" in capsys.readouterr().err
+
+
+def test_an_inversion_with_another_gradient_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    honest = bdkernels.fused_step
+    monkeypatch.setattr(bdkernels, "fused_step", lambda x, m, *a, **k: honest(x, 1.01 * m, *a, **k))
+    assert run.main(["inversion", *TINY, "--shapes", "4x1x16x16"]) == 1
+    assert f"inversion: {OURS} is wrong, so nothing is timed: the gradient is" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("culprit", ["diffusers", "torch", OURS])
