@@ -43,18 +43,18 @@ class Gradient:
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.parameters = parameters
-        self.vector = self._new()
-        self._show(self.vector)
+        self.vector = self._shown(self._new())
 
     def _new(self) -> Tensor:
         return self.parameters[0].new_zeros(sum(p.numel() for p in self.parameters) + 1)
 
-    def _show(self, vector: Tensor) -> None:
-        """Makes every ``grad`` its place in ``vector``."""
+    def _shown(self, vector: Tensor) -> Tensor:
+        """``vector``, in which every ``grad`` is now a place."""
         at = 0
         for p in self.parameters:
             p.grad = vector.as_strided(p.shape, p.stride(), at)
             at += p.numel()
+        return vector
 
     @property
     def loss(self) -> Tensor:
@@ -63,12 +63,13 @@ class Gradient:
 
     def of(self, losses: Iterable[Tensor]) -> None:
         """The sum of ``losses``, each 0-d with a graph of its own, and its gradient."""
-        self.vector.copy_(in_pairs(map(self._part, losses)))
-        self._show(self.vector)
+        total = in_pairs(self._part(loss, k) for k, loss in enumerate(losses))
+        if total is not self.vector:
+            self._shown(self.vector).copy_(total)
 
-    def _part(self, loss: Tensor) -> Tensor:
-        vector = self._new()
-        self._show(vector)
+    def _part(self, loss: Tensor, k: int) -> Tensor:
+        """The first is made in place: alone it is the sum, and otherwise it is added before that is written."""
+        vector = self._shown(self._new()) if k else self.vector.zero_()
         loss.backward()
         vector[-1] = loss.detach()
         return vector
