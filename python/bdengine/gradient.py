@@ -69,7 +69,7 @@ class Gradient:
 
     def _part(self, loss: Tensor, k: int) -> Tensor:
         """The first is made in place: alone it is the sum, and otherwise it is added before that is written."""
-        vector = self._shown(self._new()) if k else self.vector.zero_()
+        vector = self._shown(self._new() if k else self.vector.zero_())
         loss.backward()
         vector[-1] = loss.detach()
         return vector
