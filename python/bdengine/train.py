@@ -33,7 +33,7 @@ from .config import claim, to_json
 from .data import Images, load
 from .distributed import ALONE, Ranks, Stopped
 from .errors import UserError
-from .gradient import Gradient
+from .gradient import Gradient, flattened
 from .networks import Network, recompute, unet
 from .own import in_unit_range, sampler_of
 from .plan import Batch, TrainingPlan
@@ -200,7 +200,9 @@ class Trainer:
         if config.checkpointing:
             recompute(self.network)
         self.parameters = list(self.network.parameters())
-        self.optimizer = torch.optim.Adam(self.parameters, lr=config.lr, fused=True)
+        self.weights = flattened(self.parameters)
+        self.average = flattened(self.ema.parameters()).detach() if config.ema else None
+        self.optimizer = torch.optim.Adam([self.weights], lr=config.lr, fused=True)
         self.images_seen = 0
         if config.capture:
             check_device(self.device)
@@ -208,6 +210,7 @@ class Trainer:
         self.part = slice(mine * ranks.rank, mine * (ranks.rank + 1))
         self.batch = Batch(*(v[self.part].to(self.device) for v in vars(self.plan.batch(0, config.batch)).values()))
         self.gradient = Gradient(self.parameters)
+        self.weights.grad = self.gradient.vector[:-1]
         self.backward: Callable[[], None] | None = None if config.capture else self._backward
 
     def _network(self) -> Network:
@@ -282,11 +285,10 @@ class Trainer:
         self.gradient.clip(config.grad_clip)
         self.optimizer.step()
         self.images_seen += config.batch
-        if config.ema:
+        if self.average is not None:
             steps = self.images_seen // config.batch
             decay = min(config.ema, (1 + steps) / (10 + steps))
-            with torch.no_grad():  # or every step's graph would hang on the average
-                torch._foreach_lerp_([*self.ema.parameters()], [*self.parameters], 1 - decay)
+            self.average.lerp_(self.weights.detach(), 1 - decay)
         return self.gradient.loss.clone()
 
     def state(self) -> dict[str, Tensor]:
@@ -294,8 +296,7 @@ class Trainer:
         tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
         if self.config.ema:
             tensors |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
-        for i, moments in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"adam.{i}.{k}": v for k, v in moments.items()}
+        tensors |= {f"adam.{k}": v for k, v in self.optimizer.state[self.weights].items()}
         if self.inner is not None:
             tensors |= {f"inner.{k}": v for k, v in self.inner.state().items()}
         return tensors
@@ -311,14 +312,9 @@ class Trainer:
             self.ema.load_state_dict(part("ema."))
         if self.inner is not None:
             self.inner.restore(part("inner."))
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in part("adam.").items():
-            index, key = name.split(".")
-            # The fused optimizer walks memory, so moments need their parameter's layout, which files do not keep.
-            like = self.parameters[int(index)] if value.dim() else value
-            moments.setdefault(int(index), {})[key] = torch.empty_like(like).copy_(value)
+        moments = {name: value.clone() for name, value in part("adam.").items()}
         groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.optimizer.load_state_dict({"state": {0: moments} if moments else {}, "param_groups": groups})
         self.images_seen = images_seen
 
     def save_checkpoint(self, path: Path) -> None:

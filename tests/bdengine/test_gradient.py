@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bdengine.gradient import Gradient, in_pairs
+from bdengine.gradient import Gradient, flattened, in_pairs
 
 
 def parts(count: int) -> list[Tensor]:
@@ -48,6 +48,29 @@ def test_the_vector_is_each_weights_gradient_in_its_own_layout() -> None:
         assert p.grad.untyped_storage().data_ptr() == gradient.vector.untyped_storage().data_ptr()
         assert torch.allclose(p.grad, g, rtol=1e-5, atol=1e-7)
     assert sum(p.numel() for p in net.parameters()) + 1 == len(gradient.vector)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_gradients_that_were_taken_away_are_found_again(count: int) -> None:
+    weight = nn.Parameter(torch.ones(3))
+    gradient = Gradient([weight])
+    for _ in range(2):
+        gradient.of((weight**2).sum() for _ in range(count))
+        assert gradient.vector.tolist() == [2.0 * count] * 3 + [3.0 * count]
+        weight.grad = None
+
+
+def test_flattened_weights_are_places_of_one_tensor_that_keep_value_and_layout() -> None:
+    torch.manual_seed(0)
+    net = nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)
+    before, strides = [p.detach().clone() for p in net.parameters()], [p.stride() for p in net.parameters()]
+    vector = flattened(net.parameters())
+    assert vector.shape == (3 * 8 * 9 + 8,)
+    assert [p.stride() for p in net.parameters()] == strides
+    assert all(map(torch.equal, net.parameters(), before))
+    with torch.no_grad():
+        vector.mul_(2)
+    assert all(torch.equal(p, 2 * b) for p, b in zip(net.parameters(), before, strict=True))
 
 
 @pytest.mark.parametrize("limit", [0.5, 1e9])
