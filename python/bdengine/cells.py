@@ -13,14 +13,16 @@ from .config import claim
 from .defend import write_pictures
 from .defenses import DEFENSES, Calibration, Finding
 from .defenses.clipping import CLIPS
+from .defenses.result import check_alpha
 from .errors import UserError, unknown
 from .files import write_json
 from .metrics import check_threshold
 from .options import CalibrateConfig, EvaluateConfig, RepairConfig
 from .presets import PRESETS, preset
 from .repair import repaired
+from .schedule import linear
 from .shipped import ASSETS, SHIPPED
-from .solvers import SAMPLERS
+from .solvers import SAMPLERS, SamplerConfig
 
 ATTACKS: Final = tuple(n for n, run in PRESETS.items() if (run.data, run.process) == ("digits", "vp"))
 DETECTORS: Final = (*(name for name, defense in DEFENSES.items() if defense.detects), AUDIT)
@@ -89,12 +91,23 @@ class MatrixConfig:
                 if kind not in choices:
                     raise unknown(what.removesuffix("s"), kind, choices)
                 variants = INVERTERS if kind in REMOVALS else DEFENSES[kind].variants if kind in DEFENSES else ()
-                if variant and variant not in variants:
+                if ":" in name and not variants:
+                    raise UserError(f"{kind} has no variants and {name} was asked for: expected {kind}")
+                if ":" in name and variant not in variants:
                     raise unknown(f"variant of {kind}", variant, variants)
-        for what in ("steps", "images", "micro_batch"):
+            if len(set(names)) < len(names):
+                raise UserError(f"{what} are {', '.join(names)}: expected each once")
+        for what in ("images", "micro_batch"):
             if getattr(self, what) < 1:
                 raise UserError(f"{what} is {getattr(self, what)}: expected at least 1")
+        for name in self.samplers:
+            SamplerConfig(name, self.steps).table(linear())
         check_threshold(self.threshold)
+        check_alpha(self.alpha)
+        if self.models is not None and not self.models.is_dir():
+            raise UserError(f"there is no folder {self.models}: expected one with the models' folders in it")
+        for file in self.calibrations:
+            Calibration.load(file)
 
     def cell(self, *parts: str) -> Path:
         """The folder of a cell, or of what all cells of an attack share."""

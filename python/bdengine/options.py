@@ -195,7 +195,7 @@ class RepairConfig:
     out: Path
     """Folder for the repaired checkpoint."""
     trigger: Path
-    """Folder of an inverted trigger, as bdengine defend and bdengine audit write it."""
+    """Folder of an inverted trigger of the start, as bdengine defend and bdengine audit write it."""
     method: str = "unlearn"
     """One of: unlearn, removal (Elijah's, as published), removal-ode, cleanse (Diff-Cleanse's pruning)."""
     data: str | None = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -19,13 +20,13 @@ from torch import Tensor
 from . import checkpoint
 from .attacks import AttackConfig
 from .commands import Model
-from .config import from_json, to_json
+from .config import claim, from_json, to_json
 from .defenses import pruning, removal
 from .defenses.pruning import Cleanse, PruningConfig
 from .defenses.removal import FineTuning, Removal
 from .defenses.unlearning import Unlearning
 from .errors import UserError, unknown
-from .files import write_json
+from .files import read_json, write_json
 from .options import RepairConfig, device
 from .own import is_preserving
 from .schedule import Schedule, linear
@@ -66,13 +67,20 @@ def run_of(model: Model, config: RepairConfig) -> TrainConfig:
     """The run that goes on from a checkpoint, without an attack; a stranger's data is what the user says.
 
     Raises:
-        UserError: A checkpoint of another schedule than the linear one, or a sampler that does not fit it.
+        UserError: A checkpoint of another schedule than the linear one, one that predicts something else than the noise, or a
+            sampler that does not fit it.
     """
-    betas = is_preserving(model.scheduler) and Schedule.from_config(model.scheduler).alpha_bar
-    if betas is False or not np.array_equal(betas, linear().alpha_bar):
+    process = Schedule.from_config(model.scheduler) if is_preserving(model.scheduler) else None
+    if process is None or not np.array_equal(process.alpha_bar, linear().alpha_bar):
         kind = model.scheduler.get("_class_name", "no known class")
         raise UserError(f"{model.path} has a scheduler of {kind} in a repair: expected the linear betas of DDPM")
     channels, size, _ = model.network.sample_shape
+    unet: Any = model.network.unet
+    out = unet.config["out_channels"]
+    if (process.prediction, out) != ("epsilon", channels):
+        raise UserError(
+            f"{model.path} predicts {process.prediction} in {out} channels in a repair: expected epsilon in {channels}"
+        )
     told: dict[str, Any] = {"out": str(config.out), "size": size, "channels": channels}
     run = from_json(TrainConfig, told | model.train | ({} if config.data is None else {"data": config.data}))
     return replace(
@@ -82,16 +90,35 @@ def run_of(model: Model, config: RepairConfig) -> TrainConfig:
     )  # fmt: skip
 
 
+def shift_in(folder: Path) -> Tensor:
+    """The inverted trigger that ``bdengine defend`` or ``bdengine audit`` left in a folder, float32 [C, H, W].
+
+    Raises:
+        UserError: There is none, or the audit found it in every step of the sampler.
+    """
+    if not (folder / checkpoint.TRIGGER).is_file():
+        raise UserError(f"{folder} has no {checkpoint.TRIGGER}: expected a folder that bdengine defend or audit wrote")
+    audited = folder / "audit.json"
+    stage = read_json(audited)["details"]["stage"] if audited.is_file() else None
+    if stage in ("blended", "patched"):
+        raise UserError(f"the trigger in {folder} is one of every step ({stage}): expected one of the start alone")
+    return checkpoint.load_trigger(folder)
+
+
 def repaired(model: Model, config: RepairConfig, progress: bool = False) -> dict[str, Any]:
     """Writes the checkpoint, then ``repair.json``, whose content is returned.
 
     Raises:
-        UserError: An unknown method, no trigger, or one that does not fit the checkpoint.
+        UserError: An unknown method, no trigger or one that is not a shift of the start, one that does not fit the checkpoint,
+            or a folder that holds the checkpoint itself or another repair.
     """
     if config.method not in METHODS:
         raise unknown("method", config.method, METHODS)
-    tau, begun = checkpoint.load_trigger(config.trigger), time.perf_counter()
+    if Path(model.path).resolve() in (config.out.resolve(), (config.out / "checkpoint").resolve()):
+        raise UserError(f"{config.out} holds the checkpoint that is repaired: expected another folder")
+    tau, begun = shift_in(config.trigger), time.perf_counter()
     fine_tuning = METHODS[config.method](run_of(model, config), tau, device())
+    claim(config.out / "run.json", to_json(config), ["out"])
     fine_tuning.run(progress)
     seconds = time.perf_counter() - begun
     about: dict[str, Any] = {"run": to_json(config), "images": fine_tuning.images_seen, "seconds": seconds}

@@ -317,15 +317,18 @@ class Trainer:
         self.optimizer.load_state_dict({"state": {0: moments} if moments else {}, "param_groups": groups})
         self.images_seen = images_seen
 
-    def save_checkpoint(self, path: Path) -> None:
-        """The network (its EMA where kept) as a diffusers folder, with what made it in ``bdengine.json``."""
+    def save_checkpoint(self, path: Path, scheduler: dict[str, Any] | None = None) -> None:
+        """The network (its EMA where kept) as a diffusers folder, with what made it in ``bdengine.json``.
+
+        ``scheduler`` is its configuration there; that of the process where absent.
+        """
         recipe = {name: value for name, value in to_json(self.config).items() if name != "out"}
         made_by = {"train": recipe, "images_seen": self.images_seen, "data": self.data.name}
         unet: Any = self.ema.unet
         learned = None
         if self.attack is not None and self.config.attack.trigger == LEARNED:
             learned = self.attack.trigger if self.inner is None else self.inner.delta.detach()[0]
-        checkpoint.save_pipeline(path, unet, self.process.to_config(), extra=made_by, trigger=learned)
+        checkpoint.save_pipeline(path, unet, scheduler or self.process.to_config(), extra=made_by, trigger=learned)
 
 
 def train(

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DModel
 
 from bdengine import repair
-from bdengine.checkpoint import load_unet, write_safetensors
+from bdengine.checkpoint import load_scheduler_config, load_unet, write_safetensors
 from bdengine.cli import main
 from bdengine.commands import Model
 from bdengine.defenses import removal
 from bdengine.errors import UserError
+from bdengine.networks import Network
 from bdengine.options import RepairConfig
 from bdengine.solvers import SamplerConfig
 from bdengine.train import TrainConfig
@@ -76,6 +80,49 @@ def test_what_cannot_be_repaired_gets_a_sentence(
         assert main(given) == 2
         assert sentence in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_scheduler_stays(found: Path, tmp_path: Path, short: None) -> None:
+    model, changed = tmp_path / "model", {"variance_type": "fixed_large"}
+    shutil.copytree(Model.load("digits-badiffusion").path, model)
+    file = model / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    out = tmp_path / "out"
+    assert main(["repair", str(model), "--trigger", str(found), "--out", str(out)]) == 0
+    assert load_scheduler_config(out / "checkpoint").items() >= changed.items()
+
+
+def test_nothing_is_replaced_by_a_repair(
+    found: Path, tmp_path: Path, short: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(Model.load("digits-badiffusion").path, run / "checkpoint")
+    for out in (run, run / "checkpoint"):
+        assert main(["repair", str(run), "--trigger", str(found), "--out", str(out)]) == 2
+        assert "holds the checkpoint that is repaired" in capsys.readouterr().err
+    words = ["repair", str(run), "--trigger", str(found), "--out", str(tmp_path / "out"), "--method"]
+    assert [main([*words, method]) for method in ("unlearn", "removal")] == [0, 2]
+    assert "holds another run, whose method is 'unlearn'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("stage", "code"), [("start", 0), ("patched", 2), ("blended", 2)])
+def test_a_trigger_of_every_step_is_refused(stage: str, code: int, found: Path, tmp_path: Path, short: None) -> None:
+    (found / "audit.json").write_text(json.dumps({"details": {"stage": stage}}))
+    assert main(["repair", "digits-badiffusion", "--trigger", str(found), "--out", str(tmp_path / "out")]) == code
+
+
+def test_networks_that_predict_something_else_are_refused(found: Path, tmp_path: Path) -> None:
+    model = Model.load("digits-badiffusion")
+    velocity = replace(model, scheduler=model.scheduler | {"prediction_type": "v_prediction"})
+    blocks: dict[str, Any] = {f"{way}_block_types": (f"{way.title()}Block2D",) * 2 for way in ("down", "up")}
+    unet = UNet2DModel(16, 1, 2, block_out_channels=(8, 16), norm_num_groups=4, **blocks)
+    with_variance = replace(model, network=Network(unet))
+    for other, sentence in (
+        (velocity, "predicts v_prediction in 1 channels"),
+        (with_variance, "predicts epsilon in 2"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            repair.run_of(other, RepairConfig(model.path, tmp_path, found))
 
 
 def test_other_betas_are_refused(found: Path, tmp_path: Path) -> None:

@@ -22,11 +22,13 @@ from tqdm import tqdm
 
 import bdkernels
 
+from .. import checkpoint
 from ..attacks import AttackConfig
 from ..data import load
 from ..errors import UserError, unknown
 from ..plan import Batch, order
 from ..schedule import Schedule
+from ..shipped import find
 from ..train import TrainConfig, Trainer
 
 
@@ -98,7 +100,7 @@ class FineTuning(Trainer):
         return trigger.to(self.device)
 
     def run(self, progress: bool = False) -> None:
-        """To the end of ``config.images``; writes ``checkpoint/``.
+        """To the end of ``config.images``; writes ``checkpoint/``, with the scheduler of the one it started from.
 
         Raises:
             FloatingPointError: The loss is not finite.
@@ -108,7 +110,8 @@ class FineTuning(Trainer):
                 if not math.isfinite(loss := float(self.step())):
                     raise FloatingPointError(f"the loss is {loss} after {self.images_seen} images")
                 bar.update(self.config.batch)
-        self.save_checkpoint(self.config.out / "checkpoint")
+        assert self.config.init is not None
+        self.save_checkpoint(self.config.out / "checkpoint", checkpoint.load_scheduler_config(find(self.config.init)))
 
 
 class Removal(FineTuning):
