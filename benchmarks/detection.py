@@ -71,8 +71,7 @@ def look(zoo: Path, out: Path, detector: str, name: str) -> Finding:
     """What a detector finds on the model ``name``; with the audit's verdict where it is held out."""
     model = str(zoo / name / "checkpoint")
     if detector != AUDIT:
-        variant = "searched" if "searched" in DEFENSES[detector].variants else None
-        return examined(DefendConfig(model, out, detector, variant))[1]
+        return examined(DefendConfig(model, out, detector, DEFENSES[detector].untold))[1]
     _, subject = subject_of(model, AuditConfig(model, out))
     if _calibrates(name):
         return audit.examine(subject)

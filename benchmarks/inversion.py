@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import bdkernels
 from bdengine.accelerate import accelerate
@@ -38,6 +38,20 @@ SHAPES: Final = ((16, 1, 16, 16),)
 CONFIG: Final = PureDiffusionConfig("exact")
 SAMPLER: Final = SamplerConfig("ddpm", 20)
 Draw = Callable[[int], Tensor]
+
+
+class Scaled(nn.Module):
+    """In place of a UNet: its input times a number."""
+
+    factor: Tensor
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.register_buffer("factor", torch.tensor(0.9, device=device))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """As `Network.forward`."""
+        return self.factor * x
 
 
 def by_hand(objective: Objective, net: Form, tau: Tensor, draw: Draw) -> Tensor:
@@ -69,8 +83,8 @@ def iteration(shape: Shape, device: torch.device = HOST) -> dict[str, Provider]:
     config = PureDiffusionConfig("exact", batch=shape[0])
     tau = torch.full((1, *shape[1:]), -0.5, device=device).requires_grad_()
 
-    def objective_of(net: Any) -> Objective:
-        network = Network(net).eval().requires_grad_(False)
+    def objective_of(net: nn.Module) -> Objective:
+        network = Network(net, shape[1:]).eval().requires_grad_(False)
         return Objective(Subject(network, process, SAMPLER.table(process)), config)
 
     fast = objective_of(accelerate(of.unet()))
@@ -94,11 +108,10 @@ def iteration(shape: Shape, device: torch.device = HOST) -> dict[str, Provider]:
                 f"the gradient is {error:.1e} from float64 truth: expected at most {LARGEST_ERROR:.0e}"
             )
 
+    scaled = Scaled(device)
+
     def drawn(_: int) -> Tensor:
         return torch.randn(shape, device=device)
-
-    def scaled(x: Tensor, _: Tensor) -> Tensor:
-        return 0.9 * x
 
     def theirs(net: Any) -> Provider:
         checked, timed = hand(net, our_draw(shape, tau)), hand(net, drawn)
@@ -113,19 +126,9 @@ def iteration(shape: Shape, device: torch.device = HOST) -> dict[str, Provider]:
 
         return Provider(run, lambda: check(checked), share=("step_share", share))
 
-    def loss(at: Tensor) -> Tensor:
-        shift, consistency = fast(at, 0)
+    def loss(objective: Objective, at: Tensor) -> Tensor:
+        shift, consistency = objective(at, 0)
         return shift + config.weight * consistency
-
-    def share() -> Tensor:
-        seeds = run_seeds(config.seed, shape[0], device)
-
-        def free(at: Tensor) -> Tensor:
-            predicted, x0 = fast.chain(scaled, bdkernels.normal(seeds, shape[1:]) + at, seeds)
-            means = torch.stack([m.mean(0) for m in predicted])
-            return (means - fast.scale[:, None, None, None] * at).abs().mean() + x0.var(0).mean()
-
-        return gradient(free)
 
     def alone(t: Tensor, at: Tensor) -> Tensor:
         return fast.subject.eps(at.expand(shape), t).square().mean()
@@ -133,7 +136,8 @@ def iteration(shape: Shape, device: torch.device = HOST) -> dict[str, Provider]:
     def ceiling() -> list[Tensor]:
         return [gradient(partial(alone, t)) for t in fast.chain.times]
 
-    fused = Provider(lambda: gradient(loss), lambda: check(loss), share=("step_share", share))
+    whole, free = partial(loss, fast), partial(loss, objective_of(scaled))
+    fused = Provider(lambda: gradient(whole), lambda: check(whole), share=("step_share", lambda: gradient(free)))
     return {
         "diffusers": theirs(usual),
         "torch": theirs(frozen),

@@ -19,6 +19,7 @@ from .config import claim, to_json
 from .defend import chosen, subject_of
 from .defenses import DEFENSES, Calibration, Finding, Subject
 from .defenses.result import check_alpha
+from .defenses.settings import family_of
 from .errors import UserError, unknown
 from .files import write_atomic, write_json
 from .options import AuditConfig, CalibrateConfig
@@ -37,11 +38,15 @@ SENTENCES: Final = {
 }
 
 
+def calibrations() -> list[Calibration]:
+    """Those in the package."""
+    return [Calibration.load(path) for path in sorted((ASSETS / "calibration").glob("*.json"))]
+
+
 def packaged(subject: Subject) -> Calibration | None:
     """The calibration in the package whose models are of the subject's family and were examined alike; None without one."""
-    settings = to_json(settings_of(subject))
-    known = (Calibration.load(path) for path in sorted((ASSETS / "calibration").glob("audit-*.json")))
-    return next((one for one in known if one.settings == settings), None)
+    told = (AUDIT, to_json(settings_of(subject)))
+    return next((one for one in calibrations() if (one.defense, one.settings) == told), None)
 
 
 def audit(config: AuditConfig) -> int:
@@ -58,7 +63,7 @@ def audit(config: AuditConfig) -> int:
     if finding is None:
         raise UserError("the audit has no stages for this model: expected at least one")
     if calibration is None:
-        reason = f"no clean models of its family are known ({settings_of(subject)['family']}): see bdengine calibrate"
+        reason = f"no clean models of its family are known ({family_of(subject)}): see bdengine calibrate"
         finding = replace(finding, details=finding.details | {"reason": reason})
     run = {name: value for name, value in to_json(config).items() if name != "out"}
     write_json(config.out / "audit.json", finding.to_json() | {"run": run})

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from . import checkpoint, pictures
-from .auditing import AUDIT, examiner
+from .auditing import AUDIT, calibrations, examiner
 from .commands import Model, scored
 from .config import claim
 from .defend import write_pictures
@@ -21,7 +22,7 @@ from .options import CalibrateConfig, EvaluateConfig, RepairConfig
 from .presets import PRESETS, preset
 from .repair import repaired
 from .schedule import linear
-from .shipped import ASSETS, SHIPPED
+from .shipped import SHIPPED
 from .solvers import SAMPLERS, SamplerConfig
 
 ATTACKS: Final = tuple(n for n, run in PRESETS.items() if (run.data, run.process) == ("digits", "vp"))
@@ -106,8 +107,11 @@ class MatrixConfig:
         check_alpha(self.alpha)
         if self.models is not None and not self.models.is_dir():
             raise UserError(f"there is no folder {self.models}: expected one with the models' folders in it")
-        for file in self.calibrations:
-            Calibration.load(file)
+        self.known()
+
+    def known(self) -> list[Calibration]:
+        """The calibrations that are given, then those in the package."""
+        return [*map(Calibration.load, self.calibrations), *calibrations()]
 
     def cell(self, *parts: str) -> Path:
         """The folder of a cell, or of what all cells of an attack share."""
@@ -170,7 +174,7 @@ def examine(config: MatrixConfig, attack: str, name: str) -> None:
     """A detector's finding, not judged yet."""
     model, folder = model_of(config, attack), config.cell(attack, name)
     defense, _, variant = name.partition(":")
-    usual = "searched" if defense in DEFENSES and "searched" in DEFENSES[defense].variants else None
+    usual = DEFENSES[defense].untold if defense in DEFENSES else None
     finding = examiner(CalibrateConfig((), folder, defense, variant or usual))(model.path)
     first = None if finding.images is None else finding.images[:SHOWN]
     write_pictures(folder, model, replace(finding, images=first))
@@ -183,12 +187,11 @@ def repair(config: MatrixConfig, attack: str, name: str) -> None:
     repaired(model, RepairConfig(model.path, folder, config.cell(attack, inverter_of(name)), kind_of(name)))
 
 
-def judged(config: MatrixConfig, finding: Finding) -> Finding:
-    """The finding with a verdict, where a calibration fits that the model is not in."""
-    files = (*config.calibrations, *sorted((ASSETS / "calibration").glob("*.json")))
+def judged(finding: Finding, known: Sequence[Calibration], alpha: float) -> Finding:
+    """The finding with a verdict, where one of the ``known`` calibrations fits that the model is not in."""
     settings = finding.details["settings"]
-    for one in map(Calibration.load, files):
+    for one in known:
         own = finding.weights_sha256 in one.statistics
         if (one.defense, one.settings) == (finding.defense, settings) and not own:
-            return one.judge(finding, config.alpha)
+            return one.judge(finding, alpha)
     return finding

@@ -87,16 +87,14 @@ def load_unet(path: str | Path) -> UNet2DModel:
 
 
 def load_trigger(path: str | Path) -> Tensor:
-    """The trigger that lies beside a checkpoint or a finding, float32 [C, H, W].
+    """The trigger that lies beside a checkpoint, float32 [C, H, W].
 
     Raises:
         UserError: There is none, or it is no such file.
     """
     file = _folder(path) / TRIGGER
     if not file.is_file():
-        raise UserError(
-            f"{path} has no {TRIGGER}: expected a checkpoint whose trigger was made in training, or what defend wrote"
-        )
+        raise UserError(f"{path} has no {TRIGGER}: expected a checkpoint whose trigger was made in training")
     tensors = read_safetensors(file)[0]
     if list(tensors) != ["trigger"] or tensors["trigger"].dim() != 3:
         raise UserError(f"{file} holds {', '.join(tensors) or 'nothing'}: expected a trigger, [C, H, W]")

@@ -23,7 +23,7 @@ from .extractors import Extractor, extractor_of
 from .files import read_json, remove_leftovers, write_json
 from .metrics import FrechetStatistics, check_threshold, frechet
 from .networks import Network
-from .options import EvaluateConfig, ExamineConfig, RepairConfig, SampleConfig, device
+from .options import EvaluateConfig, SampleConfig, SamplerOptions, device
 from .own import OWN, in_unit_range, is_preserving, own_table
 from .sampler import Arm, Sampler
 from .schedule import Schedule
@@ -85,9 +85,7 @@ class Model:
         """The attack it was trained with."""
         return from_json(AttackConfig, self.train.get("attack", {}))
 
-    def table(
-        self, said: SampleConfig | EvaluateConfig | ExamineConfig | RepairConfig, task: Task = NO_TASK
-    ) -> tuple[Table, dict[str, Any]]:
+    def table(self, said: SamplerOptions, task: Task = NO_TASK) -> tuple[Table, dict[str, Any]]:
         """The sampler it was made for, with what the user said instead, and its description; from where a task starts.
 
         A stranger's checkpoint is sampled by ddpm where its scheduler has betas, else by its own scheduler.

@@ -9,7 +9,7 @@ for each number of ranks. Nor does it need hooks, which a replayed graph would n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,16 +31,23 @@ def in_pairs(parts: Iterable[Tensor]) -> Tensor:
     return total
 
 
+def places(parameters: Iterable[nn.Parameter], vector: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Each of ``parameters`` with its place in ``vector``, in its own memory order."""
+    at = 0
+    for p in parameters:
+        yield p, vector.as_strided(p.shape, p.stride(), at)
+        at += p.numel()
+
+
 def flattened(parameters: Iterable[nn.Parameter]) -> nn.Parameter:
-    """float32 [P], of which each of ``parameters`` is a place from now on, in its own memory order.
+    """float32 [P], of which each of ``parameters`` is one of its `places` from now on.
 
     One tensor costs an optimizer and an average one call: 0.2 ms instead of 1.0 for the 100 of the digits' UNet.
     """
     kept = list(parameters)
-    vector, at = kept[0].new_zeros(sum(p.numel() for p in kept)), 0
-    for p in kept:
-        p.data = vector.as_strided(p.shape, p.stride(), at).copy_(p.detach())
-        at += p.numel()
+    vector = kept[0].new_zeros(sum(p.numel() for p in kept))
+    for p, place in places(kept, vector):
+        p.data = place.copy_(p.detach())
     return nn.Parameter(vector)
 
 
@@ -63,10 +70,8 @@ class Gradient:
 
     def _shown(self, vector: Tensor) -> Tensor:
         """``vector``, in which every ``grad`` is now a place."""
-        at = 0
-        for p in self.parameters:
-            p.grad = vector.as_strided(p.shape, p.stride(), at)
-            at += p.numel()
+        for p, place in places(self.parameters, vector):
+            p.grad = place
         return vector
 
     @property

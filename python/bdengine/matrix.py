@@ -10,7 +10,7 @@ A unit of this work ends with a file; where that is, the unit is not done again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from .cells import (
     score,
 )
 from .config import claim, to_json
-from .defenses import Finding
+from .defenses import Calibration, Finding
 from .defenses.clipping import CLIPS
 from .files import read_json
 from .matrix_page import Row, console, write_tables
@@ -70,7 +70,8 @@ def matrix(config: MatrixConfig) -> int:
             bar.set_description(unit.name)
             unit.work()
             bar.update(unit.cost)
-    found = [row for attack in config.attacks for row in rows(config, attack)]
+    known = config.known()
+    found = [row for attack in config.attacks for row in rows(config, attack, known)]
     write_tables(config, found)
     print(console(found))
     print(f"open {config.out / 'matrix.html'} (and matrix.md, matrix.json and cells/ beside it)")
@@ -118,13 +119,13 @@ def training(config: MatrixConfig, attack: str) -> Iterator[Unit]:
     yield Unit(f"training {attack}", run.out / "checkpoint" / checkpoint.EXTRA, 3 * run.images, work)
 
 
-def rows(config: MatrixConfig, attack: str) -> Iterator[Row]:
-    """The attack's lines of the table, from the files of its units."""
+def rows(config: MatrixConfig, attack: str, known: Sequence[Calibration]) -> Iterator[Row]:
+    """The attack's lines of the table, from the files of its units, judged by the ``known`` calibrations."""
     own = model_of(config, attack).train["sampler"]
     for defense in config.defenses:
         if kind_of(defense) in DETECTORS:
             folder = config.cell(attack, defense)
-            finding = judged(config, Finding.load(folder / "finding.json"))
+            finding = judged(Finding.load(folder / "finding.json"), known, config.alpha)
             yield Row.of_finding(finding, (attack, defense, own["name"]), folder / "images.png")
             continue
         repaired = [defense] if kind_of(defense) in REMOVALS else []

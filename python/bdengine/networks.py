@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -134,6 +135,10 @@ class Network(nn.Module):
         with nullcontext() if self.autocast is None else torch.autocast(x.device.type, self.autocast):
             out = self.unet(x, t)
         return out if isinstance(out, Tensor) else out.sample
+
+    def frozen(self) -> Network:
+        """A copy that stays as it is now, and through whose weights no gradient goes."""
+        return copy.deepcopy(self).eval().requires_grad_(False)
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True

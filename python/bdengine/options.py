@@ -13,8 +13,22 @@ from .solvers import Clip
 from .tasks import NO_TASK, Task
 
 
+@dataclass(frozen=True, kw_only=True)
+class SamplerOptions:
+    """With what a checkpoint is sampled."""
+
+    sampler: str | None = None
+    """One that bdengine samplers lists, or own; what the checkpoint was made for where absent, else ddpm, else own."""
+    steps: int | None = None
+    """Steps of the sampler; what the checkpoint says where absent, else 20 in an audit."""
+    order: int | None = None
+    """Order of a solver that has several."""
+    eta: float | None = None
+    """Noise of ddim."""
+
+
 @dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(SamplerOptions):
     """Sample a checkpoint: one PNG a seed, or shards of many seeds with an index; a picture of the first, and run.json.
 
     bdengine sample digits-badiffusion --seeds 0-31 --out runs/clean
@@ -40,14 +54,6 @@ class SampleConfig:
     """The clean data of frechet and of a task; what the checkpoint was trained on where absent."""
     seeds: str = "0-15"
     """0-63, or 1,5,8-11. Seed k always has the same noise, and with exact the same bits."""
-    sampler: str | None = None
-    """One that bdengine samplers lists, or own; what the checkpoint was made for where absent, else ddpm, else own."""
-    steps: int | None = None
-    """Steps of the sampler."""
-    order: int | None = None
-    """Order of a solver that has several."""
-    eta: float | None = None
-    """Noise of ddim."""
     task: Task = NO_TASK
     """Start from corrupted images of the data instead of noise."""
     clip: Clip = "none"
@@ -84,7 +90,7 @@ class ExportConfig:
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(SamplerOptions):
     """Score a checkpoint: its clean and triggered arms, unclipped and clipped; writes scores.json and a picture.
 
     bdengine evaluate digits-badiffusion --out runs/scores
@@ -102,14 +108,6 @@ class EvaluateConfig:
     """The clean data to compare with; what the checkpoint was trained on where absent."""
     images: int = 512
     """Images of each arm."""
-    sampler: str | None = None
-    """One that bdengine samplers lists, or own; what the checkpoint was made for where absent, else ddpm, else own."""
-    steps: int | None = None
-    """Steps of the sampler."""
-    order: int | None = None
-    """Order of a solver that has several."""
-    eta: float | None = None
-    """Noise of ddim."""
     task: Task = NO_TASK
     """Start from corrupted images of the data instead of noise; scores what is restored as well."""
     trigger: str | None = None
@@ -137,21 +135,13 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExamineConfig:
-    """How a checkpoint is sampled, looked at and judged."""
+class ExamineConfig(SamplerOptions):
+    """How a checkpoint is looked at and judged."""
 
     alpha: float = 0.05
     """Share of clean models that may be called backdoored."""
     features: str | None = None
     """What tells images apart: digits or pixels; digits for a checkpoint trained on them where absent."""
-    sampler: str | None = None
-    """One that bdengine samplers lists, or own; what the checkpoint was made for where absent, else ddpm, else own."""
-    steps: int | None = None
-    """Steps of the sampler; what the checkpoint says where absent, else 20 in an audit."""
-    order: int | None = None
-    """Order of a solver that has several."""
-    eta: float | None = None
-    """Noise of ddim."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +168,7 @@ class DefendConfig(ExamineConfig):
 
 
 @dataclass(frozen=True)
-class RepairConfig:
+class RepairConfig(SamplerOptions):
     """Take out of a checkpoint what an inverted trigger opens, with a tenth of the clean data.
 
     Writes checkpoint/ and repair.json.
@@ -200,14 +190,6 @@ class RepairConfig:
     """One of: unlearn, removal (Elijah's, as published), removal-ode, cleanse (Diff-Cleanse's pruning)."""
     data: str | None = None
     """Clean data, digits, cifar10 or a folder of images; what the checkpoint was trained on where absent."""
-    sampler: str | None = None
-    """The one that will be used, as bdengine samplers lists it; what the checkpoint was made for where absent, else ddpm."""
-    steps: int | None = None
-    """Steps of the sampler."""
-    order: int | None = None
-    """Order of a solver that has several."""
-    eta: float | None = None
-    """Noise of ddim."""
     batch: int = 32
     """Images an optimizer step."""
     seed: int = 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +24,7 @@ from .commands import Model
 from .config import claim, from_json, to_json
 from .defenses import pruning, removal
 from .defenses.pruning import Cleanse, PruningConfig
-from .defenses.removal import FineTuning, Removal
+from .defenses.removal import Distillation, FineTuning, Removal
 from .defenses.unlearning import Unlearning
 from .errors import UserError, unknown
 from .files import read_json, write_json
@@ -39,16 +40,8 @@ PRUNED: Final = PruningConfig(ratio=0.1, steps=400, lr=5e-4)
 Where = torch.device | str
 
 
-def _unlearn(run: TrainConfig, tau: Tensor, where: Where) -> FineTuning:
-    return Unlearning(removal.recipe(run, "baddiffusion"), tau, device=where)
-
-
-def _removal(run: TrainConfig, tau: Tensor, where: Where) -> FineTuning:
-    return Removal(removal.recipe(run, "baddiffusion"), tau, device=where)
-
-
-def _removal_ode(run: TrainConfig, tau: Tensor, where: Where) -> FineTuning:
-    return Removal(removal.recipe(run, "ode"), tau, device=where)
+def _distilled(made: type[Distillation], variant: str, run: TrainConfig, tau: Tensor, where: Where) -> FineTuning:
+    return made(removal.recipe(run, variant), tau, device=where)
 
 
 def _cleanse(run: TrainConfig, tau: Tensor, where: Where) -> FineTuning:
@@ -56,9 +49,9 @@ def _cleanse(run: TrainConfig, tau: Tensor, where: Where) -> FineTuning:
 
 
 METHODS: Final[dict[str, Callable[[TrainConfig, Tensor, Where], FineTuning]]] = {
-    "unlearn": _unlearn,
-    "removal": _removal,
-    "removal-ode": _removal_ode,
+    "unlearn": partial(_distilled, Unlearning, "baddiffusion"),
+    "removal": partial(_distilled, Removal, "baddiffusion"),
+    "removal-ode": partial(_distilled, Removal, "ode"),
     "cleanse": _cleanse,
 }
 

@@ -127,8 +127,9 @@ class TrainConfig:
         for name in ("images", "batch", "status", "snapshot", "size"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: expected at least 1")
-        asked, divisors = self.micro_batch, [n for n in range(1, self.batch + 1) if self.batch % n == 0]
-        if asked is not None and asked not in divisors:
+        asked = self.micro_batch
+        if asked is not None and (asked < 1 or self.batch % asked):
+            divisors = (n for n in range(1, self.batch + 1) if self.batch % n == 0)
             nearest = min(divisors, key=lambda n: abs(n - asked))
             raise UserError(
                 f"the micro-batch is {asked}: expected a divisor of the batch, {self.batch}, nearest {nearest}"
@@ -192,7 +193,7 @@ class Trainer:
         self.network = self._network().to(self.device)
         self.initial: Network | None = None
         if config.clean_target == "initial":
-            self.initial = copy.deepcopy(self.network).eval().requires_grad_(False)
+            self.initial = self.network.frozen()
             self.table[CLEAN, :, Noising.W] = 0
         region = None if self.attack is None else self.attack.region
         self.region = None if region is None else region[None].to(self.device)

@@ -19,6 +19,7 @@ from bdengine.cli import main
 from bdengine.defenses import DEFENSES, Calibration, elijah, removal
 from bdengine.matrix_page import Row, markdown
 from bdengine.presets import PRESETS
+from bdengine.shipped import ASSETS
 from bdengine.train import NetworkConfig
 
 SMALL = ("--steps", 20, "--images", 8)
@@ -111,7 +112,7 @@ def test_a_model_is_trained_from_one_that_is_trained_before(tmp_path: Path, monk
 def test_a_row_is_of_the_model_that_its_name_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    clean, models, out = cells.ASSETS / "digits-clean", tmp_path / "models", tmp_path / "out"
+    clean, models, out = ASSETS / "digits-clean", tmp_path / "models", tmp_path / "out"
     shutil.copytree(clean, models / "digits-villan" / "checkpoint")
     options = ("--models", models, "--samplers", "ddpm", "--defenses", "none", *SMALL, "--out", out)
     assert run("--attacks", "digits-villan", *options) == 2
@@ -120,7 +121,7 @@ def test_a_row_is_of_the_model_that_its_name_says(
     monkeypatch.setitem(
         PRESETS, "digits-clean", replace(PRESETS["digits-clean"], attack=PRESETS["digits-badiffusion"].attack)
     )
-    shutil.copytree(cells.ASSETS / "digits-badiffusion", models / "digits-clean" / "checkpoint")
+    shutil.copytree(ASSETS / "digits-badiffusion", models / "digits-clean" / "checkpoint")
     assert run("--attacks", "digits-clean", *options) == 2
     assert "holds another run, whose weights_sha256 is" in capsys.readouterr().err
 

@@ -27,6 +27,11 @@ class Defense:
     variants: Mapping[str, Any]
     detects: bool = True
 
+    @property
+    def untold(self) -> str | None:
+        """The variant of who knows nothing of the attack: ``searched``, or the usual one where that is not there."""
+        return "searched" if "searched" in self.variants else None
+
 
 DEFENSES: Final[dict[str, Defense]] = {
     "clipping": Defense(clipping.examine, clipping.VARIANTS, detects=False),

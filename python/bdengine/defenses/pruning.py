@@ -147,13 +147,13 @@ class Cleanse(FineTuning):
         share: float = 0.1,
         device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__(config, share, device)
-        r = self.given(trigger)
+        super().__init__(config, trigger, share, device)
         if not 0 < ratio < 1:
             raise UserError(f"the ratio of pruned channels is {ratio:g}: expected above 0 and below 1")
         images = self.pixels[: self.PROBED].float() / 127.5 - 1
         with_trigger, without = (
-            importance(self.network, self.schedule, images, one, config.seed) for one in (r, 0 * r)
+            importance(self.network, self.schedule, images, one, config.seed)
+            for one in (self.trigger, 0 * self.trigger)
         )
         excess = with_trigger - without
         self.chosen = torch.zeros(len(excess), dtype=torch.bool, device=self.device)

@@ -11,7 +11,6 @@ ode             50 epochs, learning rate 2e-5
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass, replace
 from typing import Final
@@ -63,13 +62,17 @@ class FineTuning(Trainer):
 
     Args:
         config: Of a run without an attack and with a checkpoint to start from.
+        trigger: The inverted ``tau``, float32 [C, H, W].
         share: Of the data set's images that are trained on, above 0 to 1.
 
     Raises:
-        UserError: No initial checkpoint, an attack, another process than vp, or a share that leaves no image.
+        UserError: No initial checkpoint, an attack, another process than vp, a share that leaves no image, or a trigger of
+            another shape than its images'.
     """
 
-    def __init__(self, config: TrainConfig, share: float = 0.1, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, config: TrainConfig, trigger: Tensor, share: float = 0.1, device: torch.device | str = "cpu"
+    ) -> None:
         if config.init is None:
             raise UserError("a removal has no checkpoint to start from: expected init, the backdoored one")
         if config.attack.name != "none":
@@ -86,18 +89,11 @@ class FineTuning(Trainer):
         chosen = torch.from_numpy(order(config.seed, len(self.pixels), 0)[:kept]).to(self.device)
         self.pixels = self.pixels[chosen]
         self.plan = replace(self.plan, images=kept)
-
-    def given(self, trigger: Tensor) -> Tensor:
-        """An inverted trigger, on the run's device.
-
-        Raises:
-            UserError: Another shape than its images'.
-        """
         if trigger.shape != self.network.sample_shape:
             raise UserError(
                 f"the trigger has shape {tuple(trigger.shape)}: expected {tuple(self.network.sample_shape)}"
             )
-        return trigger.to(self.device)
+        self.trigger = trigger.to(self.device)
 
     def run(self, progress: bool = False) -> None:
         """To the end of ``config.images``; writes ``checkpoint/``, with the scheduler of the one it started from.
@@ -114,22 +110,18 @@ class FineTuning(Trainer):
         self.save_checkpoint(self.config.out / "checkpoint", checkpoint.load_scheduler_config(find(self.config.init)))
 
 
-class Removal(FineTuning):
-    """A fine-tuning by the module's loss.
-
-    Args:
-        trigger: The inverted ``tau``, float32 [C, H, W].
-
-    Raises:
-        UserError: As `FineTuning`, or a trigger of another shape.
-    """
+class Distillation(FineTuning):
+    """A fine-tuning towards what the network answered as it was found."""
 
     def __init__(
         self, config: TrainConfig, trigger: Tensor, share: float = 0.1, device: torch.device | str = "cpu"
     ) -> None:
-        super().__init__(config, share, device)
-        self.trigger = self.given(trigger)
-        self.found = copy.deepcopy(self.network).eval().requires_grad_(False)
+        super().__init__(config, trigger, share, device)
+        self.found = self.network.frozen()
+
+
+class Removal(Distillation):
+    """By the module's loss."""
 
     def loss(self, batch: Batch) -> Tensor:
         """The module's ``L`` of training samples on the run's device, 0-d."""

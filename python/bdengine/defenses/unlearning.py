@@ -15,8 +15,6 @@ leaves an ASR of 100 %, unlearning one of 0 %, its clean samples at 0.29 and its
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
@@ -28,25 +26,16 @@ from ..attacks import CLEAN, POISONED, baddiffusion, noising_table
 from ..own import sampler_of
 from ..plan import Batch
 from ..train import TrainConfig
-from .removal import FineTuning
+from .removal import Distillation
 
 
-class Unlearning(FineTuning):
-    """A fine-tuning by the module's loss, for the sampler of ``config``.
-
-    Args:
-        trigger: The inverted ``tau``, float32 [C, H, W].
-
-    Raises:
-        UserError: As `FineTuning`, or a trigger of another shape.
-    """
+class Unlearning(Distillation):
+    """By the module's loss, for the sampler of ``config``."""
 
     def __init__(
         self, config: TrainConfig, trigger: Tensor, share: float = 0.1, device: torch.device | str = "cpu"
     ) -> None:
-        super().__init__(config, share, device)
-        self.trigger = self.given(trigger)
-        self.found = copy.deepcopy(self.network).eval().requires_grad_(False)
+        super().__init__(config, trigger, share, device)
         sampler, nothing = sampler_of(self.schedule, config.sampler), torch.zeros_like(trigger)
         attack = baddiffusion(self.schedule, trigger, nothing, "exact", sampler, trigger_only=True)
         self.table = noising_table(self.schedule, attack).to(self.device)
