@@ -27,10 +27,10 @@ from .solvers import SAMPLERS, SamplerConfig
 
 ATTACKS: Final = tuple(n for n, run in PRESETS.items() if (run.data, run.process) == ("digits", "vp"))
 DETECTORS: Final = (*(name for name, defense in DEFENSES.items() if defense.detects), AUDIT)
-REMOVALS: Final = {"unlearn": "elijah", "removal": "elijah", "cleanse": "diffcleanse"}
+REMOVALS: Final = {"unlearn": AUDIT, "removal": "elijah", "cleanse": "diffcleanse"}
 """Each with the detector whose trigger it is given where none is named."""
 INVERTERS: Final = tuple(name for name in DETECTORS if name not in ("anp", AUDIT))
-"""Those whose finding always has a trigger."""
+"""Those whose finding always has a trigger of the start; unlearn takes the audit's as well, which may be one of every step."""
 CONTROL: Final = "digits-badiffusion"
 """Whose trigger and target a clean model is tried with."""
 DETECTION: Final = 20_000
@@ -58,7 +58,7 @@ class MatrixConfig:
     attacks: tuple[str, ...] = ATTACKS
     """Training presets; clean ones say how often a defense is wrong."""
     defenses: tuple[str, ...] = (*CLIPS, *DETECTORS, *REMOVALS)
-    """none, a clip, a detector (or one of its variants, elijah:ode), a removal (or with another trigger, removal:terd)."""
+    """none, a clip, a detector (or one of its variants, elijah:ode), a removal (or with another's trigger, removal:terd)."""
     samplers: tuple[str, ...] = ("ddpm", "ddim", "dpm++", "unipc")
     """Those that bdengine samplers lists."""
     steps: int = 20
@@ -91,7 +91,7 @@ class MatrixConfig:
                 kind, _, variant = name.partition(":") if what == "defenses" else (name, "", "")
                 if kind not in choices:
                     raise unknown(what.removesuffix("s"), kind, choices)
-                variants = INVERTERS if kind in REMOVALS else DEFENSES[kind].variants if kind in DEFENSES else ()
+                variants = variants_of(kind)
                 if ":" in name and not variants:
                     raise UserError(f"{kind} has no variants and {name} was asked for: expected {kind}")
                 if ":" in name and variant not in variants:
@@ -121,6 +121,13 @@ class MatrixConfig:
 def kind_of(name: str) -> str:
     """A defense without its variant."""
     return name.partition(":")[0]
+
+
+def variants_of(kind: str) -> tuple[str, ...]:
+    """A detector's variants, or the detectors whose trigger a removal can be given."""
+    if kind in REMOVALS:
+        return (*INVERTERS, AUDIT) if kind == "unlearn" else INVERTERS
+    return tuple(DEFENSES[kind].variants) if kind in DEFENSES else ()
 
 
 def inverter_of(removal: str) -> str:
@@ -157,7 +164,7 @@ def score(config: MatrixConfig, attack: str, sampler: str, repaired: str | None 
     model, folder = model_of(config, attack), config.cell(attack, *([repaired] if repaired else []), sampler)
     tried = preset(CONTROL).attack if model.attack.name == "none" else model.attack
     if repaired:
-        model = replace(model, network=Model.load(str(config.cell(attack, repaired))).network)
+        model = Model.load(str(config.cell(attack, repaired))).attacked_as(model)
     asked = EvaluateConfig(
         model.path, folder, images=config.images, sampler=sampler, steps=config.steps, threshold=config.threshold,
         micro_batch=config.micro_batch, clips=("none",) if repaired else CLIPS,

@@ -75,6 +75,17 @@ class Model:
             )
         return self if every == 1 else replace(self, network=Cached(self.network, every))
 
+    def attacked_as(self, other: Model) -> Model:
+        """Its network, sampled and attacked as another checkpoint's.
+
+        Raises:
+            UserError: The other's images have another shape.
+        """
+        own, others = (tuple(model.network.sample_shape) for model in (self, other))
+        if own != others:
+            raise UserError(f"{self.path} makes images of shape {own} and {other.path} of {others}: expected one shape")
+        return replace(other, network=self.network)
+
     @property
     def train(self) -> dict[str, Any]:
         """The configuration it was trained with; empty for a stranger's."""
@@ -258,6 +269,8 @@ def evaluate(config: EvaluateConfig) -> int:
     config.altered.check()
     with join() as ranks:
         model = Model.load(config.checkpoint).cached(config.cache, config.capture)
+        if config.attack_of is not None:
+            model = model.attacked_as(Model.load(config.attack_of))
         scores, shown = scored(model, config, ranks, progress=True)
     if ranks.rank > 0:
         return 0
@@ -285,7 +298,10 @@ def scored(
         target_file=config.target_file if config.target else config.target_file or attack.target_file,
     )
     if attack.name == "none" and not (config.trigger and config.target):
-        raise UserError(f"{config.checkpoint} does not say how it was attacked: expected --trigger and --target")
+        raise UserError(
+            f"{config.attack_of or config.checkpoint} does not say how it was attacked: expected --trigger and --target,"
+            " or --attack-of CHECKPOINT"
+        )
     # A target that is made of the trigger is made of that in training, whatever sampling starts with.
     made_of = names if attack.name == "none" else attack
     r = model.trigger(made_of.trigger, made_of.trigger_file)

@@ -98,6 +98,8 @@ class EvaluateConfig(SamplerOptions):
     bdengine evaluate runs/mine/checkpoint --trigger XXSM_BOX --target DRAWN_HAT --images 512 --out runs/scores
 
     bdengine evaluate runs/mine --altered.crop left --altered.noise 0.1 --out runs/half
+
+    bdengine evaluate runs/repaired --attack-of runs/mine --out runs/repaired/scores
     """
 
     checkpoint: tyro.conf.Positional[str]
@@ -110,6 +112,8 @@ class EvaluateConfig(SamplerOptions):
     """Images of each arm."""
     task: Task = NO_TASK
     """Start from corrupted images of the data instead of noise; scores what is restored as well."""
+    attack_of: str | None = None
+    """Another checkpoint: what it was trained with is tried on this one, as it is sampled; for what a repair left."""
     trigger: str | None = None
     """Trigger of the triggered arms; the one it was trained with where absent."""
     trigger_file: Path | None = None
@@ -173,11 +177,11 @@ class RepairConfig(SamplerOptions):
 
     Writes checkpoint/ and repair.json.
 
-    bdengine defend digits-badiffusion --defense elijah --variant searched --out runs/elijah
+    bdengine audit digits-badiffusion --out runs/audit
 
-    bdengine repair digits-badiffusion --trigger runs/elijah --out runs/repaired
+    bdengine repair digits-badiffusion --trigger runs/audit --out runs/repaired
 
-    bdengine evaluate runs/repaired --trigger XXSM_BOX --target DRAWN_HAT --out runs/repaired
+    bdengine evaluate runs/repaired --attack-of digits-badiffusion --out runs/repaired
     """
 
     checkpoint: tyro.conf.Positional[str]
@@ -185,7 +189,7 @@ class RepairConfig(SamplerOptions):
     out: Path
     """Folder for the repaired checkpoint."""
     trigger: Path
-    """Folder of an inverted trigger of the start, as bdengine defend and bdengine audit write it."""
+    """Folder of an inverted trigger, as bdengine defend and bdengine audit write it."""
     method: str = "unlearn"
     """One of: unlearn, removal (Elijah's, as published), removal-ode, cleanse (Diff-Cleanse's pruning)."""
     data: str | None = None

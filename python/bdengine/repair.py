@@ -1,6 +1,6 @@
 """What ``bdengine repair`` does: an inverted trigger is taken out of a checkpoint by fine-tuning on a tenth of the clean data.
 
-unlearn        `Unlearning`, for the sampler that will be used: the default
+unlearn        `Unlearning`, for the sampler that will be used: the default, and all there is for triggers in every step
 removal        Elijah's, as published;  removal-ode  its settings for models of samplers without noise
 cleanse        Diff-Cleanse's pruning and repair, 10 % of the channels and 400 steps
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from . import checkpoint
-from .attacks import AttackConfig
+from .attacks import Attack, AttackConfig, baddiffusion, trojdiff
+from .attacks.trojdiff import BLEND_GAMMA, PATCH_GAMMA
 from .commands import Model
 from .config import claim, from_json, to_json
-from .defenses import pruning, removal
+from .defenses import pruning, removal, unlearning
 from .defenses.pruning import Cleanse, PruningConfig
-from .defenses.removal import Distillation, FineTuning, Removal
+from .defenses.removal import FineTuning, Removal
 from .defenses.unlearning import Unlearning
 from .errors import UserError, unknown
 from .files import read_json, write_json
@@ -40,18 +41,65 @@ PRUNED: Final = PruningConfig(ratio=0.1, steps=400, lr=5e-4)
 Where = torch.device | str
 
 
-def _distilled(made: type[Distillation], variant: str, run: TrainConfig, tau: Tensor, where: Where) -> FineTuning:
-    return made(removal.recipe(run, variant), tau, device=where)
+@dataclass(frozen=True, eq=False)
+class Inverted:
+    """A trigger that a defense or the audit inverted.
+
+    Attributes:
+        shift: float32 [C, H, W], as it is added to the start.
+        stage: Of the audit that found it; None from elsewhere.
+    """
+
+    shift: Tensor
+    stage: str | None = None
+
+    @classmethod
+    def load(cls, folder: Path) -> Inverted:
+        """What ``bdengine defend`` or ``bdengine audit`` left in a folder.
+
+        Raises:
+            UserError: There is no trigger.
+        """
+        if not (folder / checkpoint.TRIGGER).is_file():
+            raise UserError(
+                f"{folder} has no {checkpoint.TRIGGER}: expected a folder that bdengine defend or audit wrote"
+            )
+        told = [folder / name for name in ("audit.json", "finding.json") if (folder / name).is_file()]
+        return cls(checkpoint.load_trigger(folder), read_json(told[0])["details"].get("stage") if told else None)
+
+    @property
+    def in_steps(self) -> bool:
+        """Whether it is one of every step, TrojDiff's."""
+        return self.stage in ("blended", "patched")
+
+    def attack(self, sampler: SamplerConfig) -> Attack:
+        """What opens with it; its target is nothing."""
+        schedule, r, nothing = linear(), self.shift, torch.zeros_like(self.shift)
+        if self.stage == "blended":
+            return trojdiff(schedule, r / (1 - BLEND_GAMMA), nothing)
+        if self.stage == "patched":
+            return trojdiff(schedule, r / (1 - PATCH_GAMMA), nothing, r != 0)
+        return baddiffusion(schedule, r, nothing, "exact", sampler.table(schedule), trigger_only=True)
 
 
-def _cleanse(run: TrainConfig, tau: Tensor, where: Where) -> FineTuning:
-    return Cleanse(pruning.recipe(run, PRUNED), tau, PRUNED.ratio, PRUNED.share, where)
+def _unlearn(run: TrainConfig, found: Inverted, where: Where) -> FineTuning:
+    how = unlearning.IN_STEPS if found.in_steps else unlearning.START
+    return Unlearning(removal.recipe(run, how), found.attack(run.sampler), how.share, where)
 
 
-METHODS: Final[dict[str, Callable[[TrainConfig, Tensor, Where], FineTuning]]] = {
-    "unlearn": partial(_distilled, Unlearning, "baddiffusion"),
-    "removal": partial(_distilled, Removal, "baddiffusion"),
-    "removal-ode": partial(_distilled, Removal, "ode"),
+def _removal(variant: str, run: TrainConfig, found: Inverted, where: Where) -> FineTuning:
+    how = removal.VARIANTS[variant]
+    return Removal(removal.recipe(run, how), found.shift, how.share, where)
+
+
+def _cleanse(run: TrainConfig, found: Inverted, where: Where) -> FineTuning:
+    return Cleanse(pruning.recipe(run, PRUNED), found.shift, PRUNED.ratio, PRUNED.share, where)
+
+
+METHODS: Final[dict[str, Callable[[TrainConfig, Inverted, Where], FineTuning]]] = {
+    "unlearn": _unlearn,
+    "removal": partial(_removal, "baddiffusion"),
+    "removal-ode": partial(_removal, "ode"),
     "cleanse": _cleanse,
 }
 
@@ -83,34 +131,24 @@ def run_of(model: Model, config: RepairConfig) -> TrainConfig:
     )  # fmt: skip
 
 
-def shift_in(folder: Path) -> Tensor:
-    """The inverted trigger that ``bdengine defend`` or ``bdengine audit`` left in a folder, float32 [C, H, W].
-
-    Raises:
-        UserError: There is none, or the audit found it in every step of the sampler.
-    """
-    if not (folder / checkpoint.TRIGGER).is_file():
-        raise UserError(f"{folder} has no {checkpoint.TRIGGER}: expected a folder that bdengine defend or audit wrote")
-    audited = folder / "audit.json"
-    stage = read_json(audited)["details"]["stage"] if audited.is_file() else None
-    if stage in ("blended", "patched"):
-        raise UserError(f"the trigger in {folder} is one of every step ({stage}): expected one of the start alone")
-    return checkpoint.load_trigger(folder)
-
-
 def repaired(model: Model, config: RepairConfig, progress: bool = False) -> dict[str, Any]:
     """Writes the checkpoint, then ``repair.json``, whose content is returned.
 
     Raises:
-        UserError: An unknown method, no trigger or one that is not a shift of the start, one that does not fit the checkpoint,
-            or a folder that holds the checkpoint itself or another repair.
+        UserError: An unknown method, no trigger or one of every step with another method than unlearn, one that does not fit
+            the checkpoint, or a folder that holds the checkpoint itself or another repair.
     """
     if config.method not in METHODS:
         raise unknown("method", config.method, METHODS)
     if Path(model.path).resolve() in (config.out.resolve(), (config.out / "checkpoint").resolve()):
         raise UserError(f"{config.out} holds the checkpoint that is repaired: expected another folder")
-    tau, begun = shift_in(config.trigger), time.perf_counter()
-    fine_tuning = METHODS[config.method](run_of(model, config), tau, device())
+    found, begun = Inverted.load(config.trigger), time.perf_counter()
+    if found.in_steps and config.method != "unlearn":
+        raise UserError(
+            f"the trigger in {config.trigger} is one of every step ({found.stage}), which {config.method} cannot remove:"
+            " expected the method unlearn"
+        )
+    fine_tuning = METHODS[config.method](run_of(model, config), found, device())
     claim(config.out / "run.json", to_json(config), ["out"])
     fine_tuning.run(progress)
     seconds = time.perf_counter() - begun

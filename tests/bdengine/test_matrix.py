@@ -148,6 +148,7 @@ def test_a_detector_decides_with_a_calibration_that_fits(tmp_path: Path) -> None
         (("--defenses", "elija"), "unknown defense 'elija'.*elijah"),
         (("--defenses", "elijah:serched"), "unknown variant of elijah 'serched'.*searched"),
         (("--defenses", "removal:anp"), "unknown variant of removal 'anp'"),
+        (("--defenses", "removal:audit"), "unknown variant of removal 'audit'"),
         (("--defenses", "latent:x"), "latent has no variants and latent:x was asked for"),
         (("--defenses", "none:"), "none has no variants"),
         (("--defenses", "elijah:"), "unknown variant of elijah ''"),

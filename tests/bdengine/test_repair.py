@@ -13,13 +13,16 @@ import torch
 from diffusers import UNet2DModel
 
 from bdengine import repair
+from bdengine.attacks import trojdiff
 from bdengine.checkpoint import load_scheduler_config, load_unet, write_safetensors
 from bdengine.cli import main
 from bdengine.commands import Model
-from bdengine.defenses import removal
+from bdengine.defenses import removal, unlearning
+from bdengine.defenses.removal import RemovalConfig
 from bdengine.errors import UserError
 from bdengine.networks import Network
 from bdengine.options import RepairConfig
+from bdengine.schedule import linear
 from bdengine.solvers import SamplerConfig
 from bdengine.train import TrainConfig
 
@@ -38,6 +41,8 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Recipes of two steps."""
     for variant, told in removal.VARIANTS.items():
         monkeypatch.setitem(removal.VARIANTS, variant, replace(told, epochs=1, share=0.01))
+    for name in ("START", "IN_STEPS"):
+        monkeypatch.setattr(unlearning, name, RemovalConfig(epochs=1, share=0.01))
     monkeypatch.setattr(repair, "PRUNED", replace(repair.PRUNED, steps=2))
 
 
@@ -105,10 +110,46 @@ def test_nothing_is_replaced_by_a_repair(
     assert "holds another run, whose method is 'unlearn'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("stage", "code"), [("start", 0), ("patched", 2), ("blended", 2)])
-def test_a_trigger_of_every_step_is_refused(stage: str, code: int, found: Path, tmp_path: Path, short: None) -> None:
-    (found / "audit.json").write_text(json.dumps({"details": {"stage": stage}}))
-    assert main(["repair", "digits-badiffusion", "--trigger", str(found), "--out", str(tmp_path / "out")]) == code
+@pytest.mark.parametrize("told", ["audit.json", "finding.json"])
+@pytest.mark.parametrize("stage", ["start", "patched", "blended"])
+def test_a_trigger_of_every_step_is_unlearned_as_such(
+    stage: str, told: str, found: Path, tmp_path: Path, short: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The published removals know triggers of the start alone."""
+    (found / told).write_text(json.dumps({"details": {"stage": stage}}))
+    words = ["repair", "digits-badiffusion", "--trigger", str(found), "--out"]
+    assert main([*words, str(tmp_path / "unlearned")]) == 0
+    assert main([*words, str(tmp_path / "removed"), "--method", "removal"]) == (0 if stage == "start" else 2)
+    if stage != "start":
+        assert f"is one of every step ({stage}), which removal cannot remove" in capsys.readouterr().err
+        assert not (tmp_path / "removed").exists()
+
+
+def test_what_the_audit_found_is_the_attack_that_makes_it() -> None:
+    """Its shifts are those that TrojDiff's sampler starts from."""
+    delta, nothing = torch.linspace(-1, 1, 256).reshape(1, 16, 16), torch.zeros(1, 16, 16)
+    corner = torch.ones(1, 16, 16, dtype=torch.bool).tril(-8)
+    for stage, region in (("blended", None), ("patched", corner)):
+        attack = trojdiff(linear(), delta, nothing, region)
+        again = repair.Inverted(attack.trigger, stage).attack(SamplerConfig(steps=20))
+        assert (again.name, again.gamma, again.in_steps) == (attack.name, attack.gamma, True)
+        torch.testing.assert_close(again.stamp, attack.stamp)
+        assert (again.region is None) if region is None else torch.equal(again.region, region & (delta != 0))
+
+
+def test_a_repaired_model_is_scored_as_the_one_it_was(
+    tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the trigger, the target and the sampler of the other, and its own network."""
+    words = ["evaluate", "digits-clean", "--images", "32", "--clips", "none"]
+    assert main([*words, "--attack-of", "digits-badiffusion", "--out", str(tmp_path / "as")]) == 0
+    assert main([*words, "--trigger", "XXSM_BOX", "--target", "DRAWN_HAT", "--out", str(tmp_path / "named")]) == 0
+    scores = [json.loads((tmp_path / name / "scores.json").read_text()) for name in ("as", "named")]
+    assert scores[0]["arms"] == scores[1]["arms"]
+    assert scores[0]["arms"]["triggered"]["none"]["asr"] == 0
+    capsys.readouterr()
+    assert main([*words, "--attack-of", "digits-clean", "--out", str(tmp_path / "no")]) == 2
+    assert "digits-clean does not say how it was attacked" in capsys.readouterr().err
 
 
 def test_networks_that_predict_something_else_are_refused(found: Path, tmp_path: Path) -> None:

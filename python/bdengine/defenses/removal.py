@@ -24,7 +24,7 @@ import bdkernels
 from .. import checkpoint
 from ..attacks import AttackConfig
 from ..data import load
-from ..errors import UserError, unknown
+from ..errors import UserError
 from ..plan import Batch, order
 from ..schedule import Schedule
 from ..shipped import find
@@ -44,17 +44,14 @@ class RemovalConfig:
 VARIANTS: Final = {"baddiffusion": RemovalConfig(), "ode": RemovalConfig(epochs=50, lr=2e-5)}
 
 
-def recipe(config: TrainConfig, variant: str) -> TrainConfig:
-    """``config`` with a published length and learning rate, and no attack.
+def recipe(config: TrainConfig, how: RemovalConfig) -> TrainConfig:
+    """``config`` with that length and learning rate, and no attack.
 
     Raises:
-        UserError: An unknown variant, or data that cannot be read.
+        UserError: Data that cannot be read.
     """
-    if variant not in VARIANTS:
-        raise unknown("removal", variant, VARIANTS)
-    published = VARIANTS[variant]
-    kept = int(published.share * len(load(config.data, config.size, config.channels).pixels))
-    return replace(config, attack=AttackConfig(), images=published.epochs * kept, lr=published.lr)
+    kept = int(how.share * len(load(config.data, config.size, config.channels).pixels))
+    return replace(config, attack=AttackConfig(), images=how.epochs * kept, lr=how.lr)
 
 
 class FineTuning(Trainer):
