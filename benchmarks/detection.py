@@ -51,8 +51,8 @@ def finding_of(out: Path, detector: str, name: str) -> Path:
     return out / detector / f"{name.replace('/', '-')}.json"
 
 
-def examine(zoo: Path, out: Path, detectors: Sequence[str]) -> None:
-    """Makes the findings that are missing, of the models that are there."""
+def examine(zoo: Path, out: Path, detectors: Sequence[str]) -> bool:
+    """Makes the findings that are missing, of the models that are there; returns whether this rank is the first."""
     if not any(_finished(zoo, name) for name in models(zoo)):
         raise UserError(f"there are no finished models in {zoo}: expected those of benchmarks.zoo")
     with join() as ranks:
@@ -65,6 +65,7 @@ def examine(zoo: Path, out: Path, detectors: Sequence[str]) -> None:
                     if _finished(zoo, part[at]) and not path.exists():
                         write_json(path, look(zoo, out, detector, part[at]).to_json())
             ranks.together(0)
+        return ranks.rank == 0
 
 
 def look(zoo: Path, out: Path, detector: str, name: str) -> Finding:
@@ -182,8 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in options.only:
             if name not in DETECTORS:
                 raise unknown("detector", name, DETECTORS)
-        examine(options.zoo, options.out, options.only)
-        if options.json:
+        if examine(options.zoo, options.out, options.only) and options.json:
             document = {
                 "command": shlex.join(["python", "-m", "benchmarks.detection", *words]),
                 "commit": commit(),

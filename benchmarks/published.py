@@ -53,7 +53,7 @@ from bdengine.schedule import Schedule
 from bdengine.shipped import find
 from bdengine.solvers import Clip, SamplerConfig
 
-from .report import commit
+from .report import commit, exit_code
 
 MODEL: Final = str(Path(__file__).parent / "models" / "digits-badiffusion-published")
 STEPS, OUR_STEPS = 1000, 20
@@ -192,7 +192,7 @@ def measure(out: Path, checkpoint: str, images: int, steps: int) -> dict[str, An
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns 2 after a user's mistake."""
+    """Entry point; returns 2 after a user's mistake, 130 after Ctrl-C."""
     words = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(
         prog="benchmarks.published", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -206,22 +206,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=STEPS, help="of stock's pipeline (%(default)s)")
     options = parser.parse_args(words)
     keep_freed()
-    try:
+
+    def work() -> None:
         found = measure(options.out, options.checkpoint, options.images, options.steps)
         command = shlex.join(["python", "-m", "benchmarks.published", *words])
         about = {"command": command, "commit": commit(), "threads": torch.get_num_threads()}
         write_json(options.json, about | {"checkpoint": Path(options.checkpoint).name} | found)
-    except UserError as error:
-        print(f"benchmarks: {error}", file=sys.stderr)
-        return 2
-    for arm, theirs in found["published"]["arms"].items():
-        for name, interval in theirs["intervals"].items():
+        for arm, theirs in found["published"]["arms"].items():
             own = found["ours"]["arms"][arm]
-            print(
-                f"{arm:15} {name:8} published {theirs[name]:.5g} {interval} ours {own[name]:.5g} {own['intervals'][name]}"
-            )
-    print(f"apart: {', '.join(found['apart']) or 'nothing'}; wrote {options.json}")
-    return 0
+            for name, interval in theirs["intervals"].items():
+                ours = f"{own[name]:.5g} {own['intervals'][name]}"
+                print(f"{arm:15} {name:8} published {theirs[name]:.5g} {interval} ours {ours}")
+        print(f"apart: {', '.join(found['apart']) or 'nothing'}; wrote {options.json}")
+
+    return exit_code(work, "it goes on from the images it saved")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from .compare import compare
 from .device import Device
 from .ranges import Trace, repeat
 from .registry import BYTES, EVERY_OP, IN_IMAGES, OPS, SAMPLER_OPS, SHORT, shapes
-from .report import PART, Row, document, images_per_second, rows, shares, summary, table, traffic
+from .report import PART, Row, document, exit_code, images_per_second, rows, shares, summary, table, traffic
 from .timing import interleaved
 
 LEAST_REPEATS = 7
@@ -199,21 +199,21 @@ class _Raw(argparse.RawDescriptionHelpFormatter):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 1 for a red gate, 2 after a user's mistake."""
+    """Entry point; returns the exit code: 1 for a red gate, 2 after a user's mistake, 130 after Ctrl-C."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     before = torch.get_num_threads()
-    measured: list[Row] = []
-    try:
-        options = parsed(words)
+
+    def work() -> None:
+        options, measured = parsed(words), list[Row]()
         if options.compare:
             print(compare(options.compare, ours_alone(words, options.device)))
-            return 0
+            return
         torch.set_num_threads(options.threads)
         on = device.find(options.device, kept=bool(options.json))
         cases = ((op, shape) for op in options.ops for shape in options.shapes or shapes(op))
         if options.nvtx:
             mark(cases, options.providers, on)
-            return 0
+            return
         trace = Trace(on) if options.trace else None
         for op, shape in cases:
             providers = made(op, shape, options.providers, on)
@@ -230,15 +230,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.json:
             write_json(options.json, document(words, measured, on))
             print(f"wrote {options.json}")
+
+    try:
+        return exit_code(work, "it begins anew")
     except RedGate as error:
         print(error, file=sys.stderr)
         return 1
-    except UserError as error:
-        print(f"benchmarks: {error}", file=sys.stderr)
-        return 2
     finally:
         torch.set_num_threads(before)
-    return 0
 
 
 if __name__ == "__main__":

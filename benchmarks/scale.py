@@ -39,7 +39,7 @@ from bdengine.solvers import SamplerConfig
 from bdengine.train import TrainConfig, Trainer
 
 from .device import find
-from .report import machine
+from .report import exit_code, machine
 from .timing import interleaved
 
 REPEATS: Final = 5
@@ -199,23 +199,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keep_freed()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    found: list[Growth] = []
-    try:
+
+    def work() -> None:
+        found: list[Growth] = []
         for axis in tqdm(options.axes, disable=None, leave=False):
             for growth in measure(axis):
                 tqdm.write(str(growth))
                 found.append(growth)
-    except UserError as error:
-        print(f"benchmarks: {error}", file=sys.stderr)
-        return 2
+        if options.json:
+            command = shlex.join(["python", "-m", "benchmarks.scale", *words])
+            about: dict[str, Any] = machine(words, find("cpu")) | {"command": command}
+            write_json(options.json, {"machine": about, "growth": [asdict(growth) for growth in found]})
+            print(f"wrote {options.json}")
+
+    try:
+        return exit_code(work, "it begins anew")
     finally:
         torch.set_num_threads(before)
-    if options.json:
-        command = shlex.join(["python", "-m", "benchmarks.scale", *words])
-        about: dict[str, Any] = machine(words, find("cpu")) | {"command": command}
-        write_json(options.json, {"machine": about, "growth": [asdict(growth) for growth in found]})
-        print(f"wrote {options.json}")
-    return 0
 
 
 if __name__ == "__main__":

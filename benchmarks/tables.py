@@ -19,7 +19,7 @@ from bdengine.errors import UserError
 from bdengine.files import read_json, write_atomic
 
 from .bench import PROVIDERS
-from .report import PER_SECOND, Row, fastest, of_row
+from .report import PER_SECOND, Row, exit_code, fastest, of_row
 from .scale import Growth
 
 ROOT: Final = Path(__file__).parents[1]
@@ -84,14 +84,9 @@ def filled(text: str) -> str:
 
 
 def main() -> int:
-    """Entry point; returns 2 where a file is missing."""
+    """Entry point; returns 2 where a file is missing, 130 after Ctrl-C."""
     readme = ROOT / "README.md"
-    try:
-        write_atomic(readme, filled(readme.read_text()))
-    except UserError as error:
-        print(f"benchmarks: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: write_atomic(readme, filled(readme.read_text())), "it begins anew")
 
 
 if __name__ == "__main__":

@@ -260,13 +260,18 @@ def audit(subject: Subject, calibration: Calibration | None, alpha: float = 0.05
     """What all stages so far have found, after each; the last of them has the verdict, if the calibration is not `lacking`.
 
     Raises:
-        UserError: ``alpha`` outside (0, 1), or as `Calibration.check`.
+        UserError: At once: ``alpha`` outside (0, 1), or as `Calibration.check`.
     """
     check_alpha(alpha)
+    if calibration is not None:
+        calibration.check("audit", settings_of(subject), subject.weights_sha256)
+    return _audited(subject, calibration, alpha)
+
+
+def _audited(subject: Subject, calibration: Calibration | None, alpha: float) -> Iterator[Finding]:
     names, found, passed, greatest = stages_of(subject), [], 0, 1.0
     p0, delta, reason = None, 0.0, None
     if calibration is not None:
-        calibration.check("audit", settings_of(subject), subject.weights_sha256)  # before anything is sampled
         reason = lacking(calibration, alpha)
         if reason is None:
             p0, delta = levels(calibration, alpha)

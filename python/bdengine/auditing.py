@@ -54,9 +54,9 @@ def audit(config: AuditConfig) -> int:
     given = None if config.calibration is None else Calibration.load(config.calibration)
     model, subject = subject_of(config.checkpoint, config, STEPS)
     calibration = given or packaged(subject)
-    names, finding = stages_of(subject), None
+    stages, names, finding = audited(subject, calibration, config.alpha), stages_of(subject), None
     with tqdm(total=len(names), unit="stage", desc=names[0]) as bar:
-        for finding in audited(subject, calibration, config.alpha):
+        for finding in stages:
             bar.update()
             done = len(finding.details["stages"])
             bar.set_description(names[done] if done < len(names) else "done")

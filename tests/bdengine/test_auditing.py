@@ -14,13 +14,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bdengine import audit, auditing
+from bdengine import audit, auditing, markup, pictures
+from bdengine.arms import Arm
 from bdengine.checkpoint import save_pipeline
 from bdengine.cli import main
+from bdengine.commands import Model
 from bdengine.defenses import DEFENSES, Calibration, Finding, Subject, elijah, purediffusion, starts, ufid
 from bdengine.defenses.ufid import UfidConfig
 from bdengine.files import read_json, write_json
 from bdengine.networks import unet
+from bdengine.options import SampleConfig
+from bdengine.sampler import Sampler
 from bdengine.schedule import Exploding, linear
 
 
@@ -198,6 +202,12 @@ def test_a_variance_exploding_model_is_shown_as_others_are(tmp_path: Path) -> No
     assert run("audit", *options) == 3
     found = read_json(tmp_path / "out" / "audit.json")
     assert [stage["defense"] for stage in found["details"]["stages"]] == ["start", "elijah"]
+    model = Model.load(str(tmp_path / "ve"))
+    table = model.table(SampleConfig(str(tmp_path / "ve"), tmp_path, steps=3))[0]
+    seeds = range(audit.AUDIT_SEEDS, audit.AUDIT_SEEDS + auditing.SHOWN)
+    own = 2 * Sampler(model.network, {"": Arm(table)}, auditing.SHOWN)(seeds)[""] - 1
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert markup.image(pictures.grid(own, columns=len(own), scale=3), f"{len(own)} samples from plain noise") in page
     assert run("defend", *options, "--defense", "ufid") == 0
     for defense in ("clipping", "diffcleanse", "terd"):
         assert run("defend", *options, "--defense", defense) == 2
