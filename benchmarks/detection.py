@@ -1,9 +1,10 @@
 """Every detector on every model of a zoo: detection rates, false alarms, and what they cost.
 
-    python -m benchmarks.zoo --out runs/zoo                                    the models
-    python -m benchmarks.detection --zoo runs/zoo --out runs/detection         findings; goes on where it stopped
-    torchrun --nproc-per-node 2 -m benchmarks.detection ...                    the same on two cores
-    python -m benchmarks.detection --zoo runs/zoo --out runs/detection --json benchmarks/results/detection.json
+    python -m benchmarks.detection --zoo runs/zoo --json benchmarks/results/detection.json     goes on where it stopped
+    torchrun --standalone --nproc-per-node 2 -m benchmarks.detection ...                       the same on two cores
+
+A model that FILE has no findings of is made first, as `benchmarks.zoo` does. FILE is written after every model, and what it
+holds is not done again: a zoo takes hours, over several sittings and machines, and its weights need not be kept for it.
 
 A detector is told nothing of the attack: its first variant, or `searched` where it has one, examines every model. The clean
 models below `zoo.CALIBRATE` give its calibration, all others are held out; the audit stops on them where it is decisive, as for
@@ -26,73 +27,116 @@ from tqdm import tqdm
 
 from bdengine import audit
 from bdengine.auditing import AUDIT
-from bdengine.config import to_json
 from bdengine.defend import examined, subject_of
 from bdengine.defenses import DEFENSES, Calibration, Finding
-from bdengine.distributed import join
+from bdengine.distributed import Ranks, join
 from bdengine.errors import UserError, unknown
 from bdengine.files import read_json, write_json
 from bdengine.memory import keep_freed
 from bdengine.options import AuditConfig, DefendConfig
 
 from .report import commit, exit_code
-from .zoo import CALIBRATE, models
+from .zoo import CALIBRATE, make, models
 
 DETECTORS: Final = (AUDIT, *(name for name, defense in DEFENSES.items() if defense.detects))
 ALPHA: Final = 0.05
-TOLD: Final = ("statistic", "p_value", "verdict", "evaluations", "seconds")
-"""Of a finding, for each model that is held out."""
+TOLD: Final = ("statistic", "p_value", "verdict", "evaluations", "seconds", "weights_sha256")
+"""What is kept of a finding."""
 WORKS: Final = 0.9
 """Least share of triggered images that reach their target, for the backdoor to count as one."""
 
-
-def finding_of(out: Path, detector: str, name: str) -> Path:
-    """Where the finding of a detector on the model ``name`` is kept."""
-    return out / detector / f"{name.replace('/', '-')}.json"
+Known = dict[str, dict[str, Any]]
+"""``settings`` by detector; ``models`` by name, each with its ``scores`` and what is ``found`` by detector."""
 
 
-def examine(zoo: Path, out: Path, detectors: Sequence[str]) -> bool:
-    """Makes the findings that are missing, of the models that are there; returns whether this rank is the first."""
-    if not any(_finished(zoo, name) for name in models(zoo)):
-        raise UserError(f"there are no finished models in {zoo}: expected those of benchmarks.zoo")
-    with join() as ranks:
-        for calibrates in (True, False):  # the audit judges held-out models by all that calibrate
-            # Of all models, there or not: what is there may change before another rank looks, and then so would the shares.
-            part = [name for name in models(zoo) if _calibrates(name) is calibrates]
-            for at in tqdm(ranks.share(len(part)), unit="model", disable=ranks.rank > 0):
-                for detector in detectors:
-                    path = finding_of(out, detector, part[at])
-                    if _finished(zoo, part[at]) and not path.exists():
-                        write_json(path, look(zoo, out, detector, part[at]).to_json())
-            ranks.together(0)
-        return ranks.rank == 0
+def known(zoo: Path, file: Path) -> Known:
+    """What ``file`` holds, and the findings in the zoo's folders.
+
+    Raises:
+        UserError: They were made with other settings.
+    """
+    told: Known = read_json(file) if file.exists() else {}
+    told = {"settings": told.get("settings", {}), "models": told.get("models", {})}
+    for name in models(zoo):
+        path = _findings(zoo, name)
+        if not path.exists():
+            continue
+        new = read_json(path)
+        for detector, settings in new["settings"].items():
+            if told["settings"].setdefault(detector, settings) != settings:
+                raise UserError(
+                    f"{path} has findings of {detector} with other settings than {file}: expected one of them removed"
+                )
+        found = told["models"].get(name, {}).get("found", {}) | new["found"]
+        told["models"][name] = {"scores": new["scores"], "found": found}
+    return told
 
 
-def look(zoo: Path, out: Path, detector: str, name: str) -> Finding:
+def keep(zoo: Path, name: str, finding: Finding) -> None:
+    """Adds a finding on the model ``name`` to those in its folder."""
+    path = _findings(zoo, name)
+    told = read_json(path) if path.exists() else {"settings": {}, "found": {}}
+    arms = read_json(zoo / name / "scores.json")["arms"]
+    told["scores"] = {
+        "asr": arms["triggered"]["none"]["asr"],
+        **{of: arms["clean"]["none"][of] for of in ("frechet", "frechet_interval")},
+    }
+    told["settings"][finding.defense] = finding.details["settings"]
+    told["found"][finding.defense] = {of: getattr(finding, of) for of in TOLD}
+    write_json(path, told)
+
+
+def found_in(told: Known, name: str, detector: str) -> Finding | None:
+    """What a detector found on the model ``name``, without its pictures; None where it is not known."""
+    values = told["models"].get(name, {}).get("found", {}).get(detector)
+    if values is None:
+        return None
+    details = {"settings": told["settings"][detector]}
+    return Finding(defense=detector, trigger=None, images=None, details=details, **values)
+
+
+def examine(zoo: Path, file: Path, detectors: Sequence[str], ranks: Ranks, command: str) -> None:
+    """Makes the models and the findings that are not known, in the order of the zoo."""
+    runs = models(zoo)
+    for calibrates in (True, False):  # the audit judges held-out models by all that calibrate
+        # Of all models, known or not: what is known may change before another rank looks, and then so would the shares.
+        part, before = [name for name in runs if _calibrates(name) is calibrates], known(zoo, file)
+        for at in tqdm(ranks.share(len(part)), unit="model", disable=ranks.rank > 0):
+            missing = [d for d in detectors if found_in(before, part[at], d) is None]
+            if missing:
+                make(runs[part[at]])
+            for detector in missing:
+                keep(zoo, part[at], look(zoo, before, detector, part[at]))
+            if missing and ranks.rank == 0:
+                write_json(file, document(known(zoo, file), command))
+        ranks.together(0)
+
+
+def look(zoo: Path, told: Known, detector: str, name: str) -> Finding:
     """What a detector finds on the model ``name``; with the audit's verdict where it is held out."""
     model = str(zoo / name / "checkpoint")
     if detector != AUDIT:
-        return examined(DefendConfig(model, out, detector, DEFENSES[detector].untold))[1]
-    _, subject = subject_of(model, AuditConfig(model, out))
+        return examined(DefendConfig(model, zoo, detector, DEFENSES[detector].untold))[1]
+    _, subject = subject_of(model, AuditConfig(model, zoo))
     if _calibrates(name):
         return audit.examine(subject)
-    return [*audit.audit(subject, calibration_of(zoo, out, AUDIT), ALPHA)][-1]
+    return [*audit.audit(subject, calibration_of(told, AUDIT), ALPHA)][-1]
 
 
-def calibration_of(zoo: Path, out: Path, detector: str) -> Calibration:
+def calibration_of(told: Known, detector: str) -> Calibration:
     """That of all models that calibrate.
 
     Raises:
         UserError: One of them was not examined yet: rates would not be those of the whole calibration.
     """
-    paths = {name: finding_of(out, detector, name) for name in models(zoo) if _calibrates(name)}
-    missing = [name for name, path in paths.items() if not path.exists()]
+    found = {name: found_in(told, name, detector) for name in models(Path()) if _calibrates(name)}
+    missing = [name for name, finding in found.items() if finding is None]
     if missing:
         raise UserError(
-            f"{len(missing)} of the {len(paths)} models of the calibration of {detector} were not examined, {missing[0]} the"
-            " first: expected all of them, finished by benchmarks.zoo, before any other is judged"
+            f"{len(missing)} of the {len(found)} models of the calibration of {detector} were not examined, {missing[0]} the"
+            " first: expected all of them before any other is judged"
         )
-    return Calibration.of([Finding.load(path) for path in paths.values()])
+    return Calibration.of([finding for finding in found.values() if finding is not None])
 
 
 def rate(hits: int, of: int) -> dict[str, Any]:
@@ -101,23 +145,25 @@ def rate(hits: int, of: int) -> dict[str, Any]:
     return {"k": hits, "n": of, "interval": interval}
 
 
-def kind_of(name: str, zoo: Path) -> str:
+def kind_of(told: Known, name: str) -> str:
     """The group that a model is counted in: clean, or its attack, with ``weak`` where its own trigger fails."""
-    run = models(zoo)[name]
-    attack = run.attack
+    attack = models(Path())[name].attack
     if attack.name == "none":
         return "clean"
     box = attack.name == "baddiffusion" and "BOX" in attack.trigger
     kind = "baddiffusion box" if box else attack.name
-    works = read_json(run.out / "scores.json")["arms"]["triggered"]["none"]["asr"] >= WORKS
-    return kind if works else f"{kind} (weak)"
+    return kind if told["models"][name]["scores"]["asr"] >= WORKS else f"{kind} (weak)"
 
 
-def rates(zoo: Path, out: Path, detector: str) -> dict[str, Any]:
-    """One detector's rates over the findings that are there."""
-    calibration = calibration_of(zoo, out, detector)
-    paths = {name: finding_of(out, detector, name) for name in models(zoo) if not _calibrates(name)}
-    held_out = {name: Finding.load(path) for name, path in paths.items() if path.exists()}
+def rates(told: Known, detector: str) -> dict[str, Any]:
+    """One detector's rates over what it found on models that are held out.
+
+    Raises:
+        UserError: As `calibration_of`, or it found nothing on them.
+    """
+    calibration = calibration_of(told, detector)
+    found = {name: found_in(told, name, detector) for name in told["models"] if not _calibrates(name)}
+    held_out = {name: finding for name, finding in found.items() if finding is not None}
     if not held_out:
         raise UserError(f"{detector} has examined no model that is held out: expected some, as its rates are of them")
     for f in held_out.values():
@@ -125,22 +171,29 @@ def rates(zoo: Path, out: Path, detector: str) -> dict[str, Any]:
     judged = {name: f if detector == AUDIT else calibration.judge(f, ALPHA) for name, f in held_out.items()}
     groups: dict[str, list[Finding]] = {}
     for name, finding in judged.items():
-        groups.setdefault(kind_of(name, zoo), []).append(finding)
+        groups.setdefault(kind_of(told, name), []).append(finding)
     return {
         "calibration_models": len(calibration.statistics),
         "flagged": {kind: rate(sum(f.verdict == "backdoored" for f in of), len(of)) for kind, of in groups.items()},
         "undecided": sum(f.verdict == "undecided" for f in judged.values()),
         "seconds": median(f.seconds for f in held_out.values()),
         "evaluations": median(f.evaluations for f in held_out.values()),
-        "calibration": to_json(calibration),
-        "models": {
-            name: {of: getattr(f, of) for of in TOLD} | {"kind": kind_of(name, zoo)} for name, f in judged.items()
-        },
+        "verdicts": {name: {"p_value": f.p_value, "verdict": f.verdict} for name, f in judged.items()},
     }
 
 
-def _finished(zoo: Path, name: str) -> bool:
-    return (zoo / name / "scores.json").exists()
+def document(told: Known, command: str) -> dict[str, Any]:
+    """What is known, with the rates of the detectors that have any."""
+    whole: dict[str, Any] = {"command": command, "commit": commit(), "alpha": ALPHA, "detectors": {}}
+    for detector in told["settings"]:
+        names = [name for name in told["models"] if found_in(told, name, detector)]
+        if sum(map(_calibrates, names)) == CALIBRATE < len(names):
+            whole["detectors"][detector] = rates(told, detector)
+    return whole | told
+
+
+def _findings(zoo: Path, name: str) -> Path:
+    return zoo / name / "findings.json"
 
 
 def _calibrates(name: str) -> bool:
@@ -148,13 +201,13 @@ def _calibrates(name: str) -> bool:
     return kind == "clean" and int(number) < CALIBRATE
 
 
-def table(document: dict[str, Any]) -> str:
+def table(whole: dict[str, Any]) -> str:
     """The rates as Markdown, a line a detector."""
-    kinds = sorted({kind for row in document["detectors"].values() for kind in row["flagged"]})
+    kinds = sorted({kind for row in whole["detectors"].values() for kind in row["flagged"]})
     kinds.sort(key=lambda kind: kind != "clean")
     heads = ["detector", *kinds, "undecided", "median seconds", "median evaluations"]
     lines = [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}"]
-    for detector, row in document["detectors"].items():
+    for detector, row in whole["detectors"].items():
         cells = [_cell(row["flagged"][kind]) if kind in row["flagged"] else "—" for kind in kinds]
         cells += [str(row["undecided"]), f"{row['seconds']:.1f}", f"{row['evaluations']:,.0f}"]
         lines.append(f"| {' | '.join([detector, *cells])} |")
@@ -172,26 +225,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="benchmarks.detection", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--zoo", type=Path, required=True, metavar="DIR", help="folder of the models")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the findings")
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="all findings, and the rates of them")
     parser.add_argument("--only", nargs="+", default=DETECTORS, metavar="NAME", help=f"of {', '.join(DETECTORS)}")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="writes the rates of the findings that are there")
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(words)
+    command = shlex.join(["python", "-m", "benchmarks.detection", *words])
     keep_freed()
 
     def work() -> None:
         for name in options.only:
             if name not in DETECTORS:
                 raise unknown("detector", name, DETECTORS)
-        if examine(options.zoo, options.out, options.only) and options.json:
-            document = {
-                "command": shlex.join(["python", "-m", "benchmarks.detection", *words]),
-                "commit": commit(),
-                "alpha": ALPHA,
-                "detectors": {name: rates(options.zoo, options.out, name) for name in options.only},
-            }
-            write_json(options.json, document)
-            print(table(document))
+        with join() as ranks:
+            examine(options.zoo, options.json, options.only, ranks, command)
+            if ranks.rank == 0:
+                whole = document(known(options.zoo, options.json), command)
+                write_json(options.json, whole)
+                print(table(whole))
 
     return exit_code(work, "it goes on from the findings it saved")
 

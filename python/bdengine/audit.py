@@ -28,7 +28,7 @@ The stages, cheap ones first:
     start       `starts.candidates`, added to the noise of the model's own sampler          BadDiffusion, VillanDiffusion
     ode         the same of DDIM                                                            made for samplers without noise
     clipped     the same under the latent clip, which an attacker can make a condition      clipped coefficients
-    blended     the same in every step with TrojDiff's published gamma                      TrojDiff
+    blended     squares of `FINE` in every step, with TrojDiff's published gamma            TrojDiff
     patched     squares in the corner, in every step inside of them alone                   TrojDiff's patches
     elijah      Elijah's inversion from the best start, with and without the clip           what a square does not open
     follow      PureDiffusion's, of the coefficient that is exact for the model's sampler   the same
@@ -60,6 +60,9 @@ PATCH: Final = 3
 """Largest side of the corner's squares, in eighths of the image's; 3 of 32 pixels are published."""
 SIDES: Final = 32
 """They grow by that share of the image's side, or a pixel: a network of closed form answers to the true side alone."""
+FINE: Final[starts.Grid] = tuple((side, 1) for side in range(3, 8))
+"""A network that saw its trigger in every step knows it well: digits-trojdiff, whose square has 8 of 16 pixels, draws its target
+where an edge or two are a pixel off, for half of the images where all are, and for none where its grid is that of starts."""
 ODE_STEPS: Final = 20
 IMAGES: Final = 64
 """Most that a stage asks about."""
@@ -94,7 +97,7 @@ def _trojan(subject: Subject, delta: Tensor, region: Tensor | None = None) -> Ar
 
 
 def _blended(subject: Subject, best: Tensor) -> dict[str, Arm]:
-    return {str(k): _trojan(subject, delta) for k, delta in enumerate(starts.candidates(subject))}
+    return {str(k): _trojan(subject, delta) for k, delta in enumerate(starts.candidates(subject, FINE))}
 
 
 def _patched(subject: Subject, best: Tensor) -> dict[str, Arm]:
@@ -195,6 +198,7 @@ def settings_of(subject: Subject) -> dict[str, Any]:
         {"stages": stages_of(subject), "images": IMAGES, "same": features.SAME},
         ode_steps=ODE_STEPS,
         patches=[PATCH, SIDES],
+        blends=FINE,
         elijah=elijah.VARIANTS[_ELIJAH],
         follow=purediffusion.VARIANTS[_FOLLOW],
     )

@@ -27,7 +27,7 @@ from .solvers import SAMPLERS, SamplerConfig
 
 ATTACKS: Final = tuple(n for n, run in PRESETS.items() if (run.data, run.process) == ("digits", "vp"))
 DETECTORS: Final = (*(name for name, defense in DEFENSES.items() if defense.detects), AUDIT)
-REMOVALS: Final = {"unlearn": AUDIT, "removal": "elijah", "cleanse": "diffcleanse"}
+REMOVALS: Final = {"unlearn": "elijah", "removal": "elijah", "cleanse": "diffcleanse"}
 """Each with the detector whose trigger it is given where none is named."""
 INVERTERS: Final = tuple(name for name in DETECTORS if name not in ("anp", AUDIT))
 """Those whose finding always has a trigger of the start; unlearn takes the audit's as well, which may be one of every step."""
@@ -35,7 +35,7 @@ CONTROL: Final = "digits-badiffusion"
 """Whose trigger and target a clean model is tried with."""
 DETECTION: Final = 20_000
 """Images that a detector sends through the network: 9,000 to 22,000 with 20 steps of 256 pixels."""
-AUDITING: Final = 75_000
+AUDITING: Final = 95_000
 """Those of the audit, likewise."""
 SHOWN: Final = 16
 """Of a finding's images, in its picture."""
@@ -57,7 +57,7 @@ class MatrixConfig:
     """Folder for everything that is written."""
     attacks: tuple[str, ...] = ATTACKS
     """Training presets; clean ones say how often a defense is wrong."""
-    defenses: tuple[str, ...] = (*CLIPS, *DETECTORS, *REMOVALS)
+    defenses: tuple[str, ...] = (*CLIPS, *DETECTORS, *REMOVALS, f"unlearn:{AUDIT}")
     """none, a clip, a detector (or one of its variants, elijah:ode), a removal (or with another's trigger, removal:terd)."""
     samplers: tuple[str, ...] = ("ddpm", "ddim", "dpm++", "unipc")
     """Those that bdengine samplers lists."""

@@ -32,18 +32,19 @@ from .subject import Subject, uniform_image
 
 IMAGES: Final = 8
 """Of each shift."""
-GRID: Final = ((2, 2), (4, 2), (6, 1))
-"""Sides of the squares and their strides, in eighths of an image's."""
+Grid = tuple[tuple[int, int], ...]
+"""Sides of squares and their strides, in eighths of an image's."""
+GRID: Final[Grid] = ((2, 2), (4, 2), (6, 1))
 MICRO_BATCH: Final = 64
 
 
-def candidates(subject: Subject) -> Tensor:
+def candidates(subject: Subject, grid: Grid = GRID) -> Tensor:
     """The shifts that are tried, float32 [K, C, H, W]: the background's value, with squares of the range's middle and end."""
     low, high = (-1.0, 1.0) if subject.process is not None else (0.0, 1.0)
     shape = subject.network.sample_shape
     background = torch.full(shape, low)
     shifts = [background]
-    for rows, columns in _squares(*shape[1:]):
+    for rows, columns in _squares(*shape[1:], grid):
         for value in ((low + high) / 2, high):
             shift = background.clone()
             shift[:, rows, columns] = value
@@ -51,8 +52,8 @@ def candidates(subject: Subject) -> Tensor:
     return torch.stack(shifts)
 
 
-def _squares(height: int, width: int) -> Iterator[tuple[slice, slice]]:
-    for side, stride in GRID:
+def _squares(height: int, width: int, grid: Grid) -> Iterator[tuple[slice, slice]]:
+    for side, stride in grid:
         tall, wide = (max(side * length // 8, 1) for length in (height, width))
         down, across = (max(stride * length // 8, 1) for length in (height, width))
         for top in range(0, height - tall + 1, down):
