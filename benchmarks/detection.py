@@ -25,7 +25,7 @@ from typing import Any, Final
 from scipy.stats import binomtest
 from tqdm import tqdm
 
-from bdengine import audit
+from bdengine import audit, checkpoint
 from bdengine.auditing import AUDIT
 from bdengine.defend import examined, subject_of
 from bdengine.defenses import DEFENSES, Calibration, Finding
@@ -73,8 +73,12 @@ def known(zoo: Path, file: Path) -> Known:
 
 
 def keep(zoo: Path, name: str, finding: Finding) -> None:
-    """Adds a finding on the model ``name`` to those in its folder."""
+    """Adds a finding on the model ``name`` to those in its folder, where one with a trigger is kept whole, for a repair."""
     path = _findings(zoo, name)
+    if finding.trigger is not None:
+        write_json(zoo / name / finding.defense / "finding.json", finding.to_json())
+        trigger = {"trigger": finding.trigger}
+        checkpoint.write_safetensors(zoo / name / finding.defense / checkpoint.TRIGGER, trigger, {})
     told = read_json(path) if path.exists() else {"settings": {}, "found": {}}
     arms = read_json(zoo / name / "scores.json")["arms"]
     told["scores"] = {

@@ -19,8 +19,9 @@ from typing import Final
 from tqdm import tqdm
 
 from bdengine.attacks import AttackConfig
-from bdengine.commands import evaluate
+from bdengine.commands import Model, scored
 from bdengine.errors import UserError
+from bdengine.files import write_json
 from bdengine.memory import keep_freed
 from bdengine.options import EvaluateConfig, device
 from bdengine.presets import PRESETS
@@ -90,9 +91,9 @@ def make(run: TrainConfig) -> None:
     if not (run.out / "checkpoint").exists():
         train(run, device=device(), progress=False)
     unseen = {"trigger": "XXSM_BOX", "target": "DRAWN_HAT"} if run.attack.name == "none" else {}
-    scored = EvaluateConfig(str(run.out / "checkpoint"), run.out, clips=("none",), **unseen)  # type: ignore[arg-type]
+    asked = EvaluateConfig(str(run.out / "checkpoint"), run.out, clips=("none",), **unseen)  # type: ignore[arg-type]
     if not (run.out / "scores.json").exists():
-        evaluate(scored)
+        write_json(run.out / "scores.json", scored(Model.load(asked.checkpoint), asked)[0])
 
 
 def main() -> int:
