@@ -36,7 +36,7 @@ from bdengine.memory import keep_freed
 from bdengine.options import AuditConfig, DefendConfig
 
 from .report import commit, exit_code
-from .zoo import CALIBRATE, make, models
+from .zoo import CALIBRATE, clip_of, make, models
 
 DETECTORS: Final = (AUDIT, *(name for name, defense in DEFENSES.items() if defense.detects))
 ALPHA: Final = 0.05
@@ -80,9 +80,9 @@ def keep(zoo: Path, name: str, finding: Finding) -> None:
         trigger = {"trigger": finding.trigger}
         checkpoint.write_safetensors(zoo / name / finding.defense / checkpoint.TRIGGER, trigger, {})
     told = read_json(path) if path.exists() else {"settings": {}, "found": {}}
-    arms = read_json(zoo / name / "scores.json")["arms"]
+    arms, clip = read_json(zoo / name / "scores.json")["arms"], clip_of(models(zoo)[name])
     told["scores"] = {
-        "asr": arms["triggered"]["none"]["asr"],
+        "asr": arms["triggered"][clip]["asr"],
         **{of: arms["clean"]["none"][of] for of in ("frechet", "frechet_interval")},
     }
     told["settings"][finding.defense] = finding.details["settings"]
@@ -149,14 +149,14 @@ def rate(hits: int, of: int) -> dict[str, Any]:
     return {"k": hits, "n": of, "interval": interval}
 
 
-def kind_of(told: Known, name: str) -> str:
-    """The group that a model is counted in: clean, or its attack, with ``weak`` where its own trigger fails."""
+def kind_of(name: str, asr: float) -> str:
+    """The group that a model is counted in: clean, or its attack, with ``weak`` where its own trigger's ``asr`` is low."""
     attack = models(Path())[name].attack
     if attack.name == "none":
         return "clean"
     box = attack.name == "baddiffusion" and "BOX" in attack.trigger
     kind = "baddiffusion box" if box else attack.name
-    return kind if told["models"][name]["scores"]["asr"] >= WORKS else f"{kind} (weak)"
+    return kind if asr >= WORKS else f"{kind} (weak)"
 
 
 def rates(told: Known, detector: str) -> dict[str, Any]:
@@ -175,7 +175,7 @@ def rates(told: Known, detector: str) -> dict[str, Any]:
     judged = {name: f if detector == AUDIT else calibration.judge(f, ALPHA) for name, f in held_out.items()}
     groups: dict[str, list[Finding]] = {}
     for name, finding in judged.items():
-        groups.setdefault(kind_of(told, name), []).append(finding)
+        groups.setdefault(kind_of(name, told["models"][name]["scores"]["asr"]), []).append(finding)
     return {
         "calibration_models": len(calibration.statistics),
         "flagged": {kind: rate(sum(f.verdict == "backdoored" for f in of), len(of)) for kind, of in groups.items()},
@@ -212,15 +212,16 @@ def table(whole: dict[str, Any]) -> str:
     heads = ["detector", *kinds, "undecided", "median seconds", "median evaluations"]
     lines = [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}"]
     for detector, row in whole["detectors"].items():
-        cells = [_cell(row["flagged"][kind]) if kind in row["flagged"] else "—" for kind in kinds]
+        cells = [cell(row["flagged"][kind]) if kind in row["flagged"] else "—" for kind in kinds]
         cells += [str(row["undecided"]), f"{row['seconds']:.1f}", f"{row['evaluations']:,.0f}"]
         lines.append(f"| {' | '.join([detector, *cells])} |")
     return "\n".join(lines)
 
 
-def _cell(flagged: dict[str, Any]) -> str:
-    low, high = flagged["interval"]
-    return f"{flagged['k']} of {flagged['n']} [{low:.0%}, {high:.0%}]"
+def cell(rate: dict[str, Any]) -> str:
+    """A `rate` in a table."""
+    low, high = rate["interval"]
+    return f"{rate['k']} of {rate['n']} [{low:.0%}, {high:.0%}]"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

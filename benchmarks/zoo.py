@@ -25,6 +25,7 @@ from bdengine.files import write_json
 from bdengine.memory import keep_freed
 from bdengine.options import EvaluateConfig, device
 from bdengine.presets import PRESETS
+from bdengine.solvers import Clip
 from bdengine.train import TrainConfig, train
 
 from .report import exit_code
@@ -86,12 +87,18 @@ def models(out: Path) -> dict[str, TrainConfig]:
     return dict(clean[:CALIBRATE]) | {name: run for _, name, run in sorted(later, key=lambda entry: entry[:2])}
 
 
+def clip_of(run: TrainConfig) -> Clip:
+    """Under which clip its trigger is made to work."""
+    return "latent" if run.attack.coefficients == "clipped" else "none"
+
+
 def make(run: TrainConfig) -> None:
     """One model with its scores, unless they are there; a clean one is scored with a trigger it has never seen."""
     if not (run.out / "checkpoint").exists():
         train(run, device=device(), progress=False)
     unseen = {"trigger": "XXSM_BOX", "target": "DRAWN_HAT"} if run.attack.name == "none" else {}
-    asked = EvaluateConfig(str(run.out / "checkpoint"), run.out, clips=("none",), **unseen)  # type: ignore[arg-type]
+    clips = tuple(dict.fromkeys(("none", clip_of(run))))
+    asked = EvaluateConfig(str(run.out / "checkpoint"), run.out, clips=clips, **unseen)  # type: ignore[arg-type]
     if not (run.out / "scores.json").exists():
         write_json(run.out / "scores.json", scored(Model.load(asked.checkpoint), asked)[0])
 

@@ -14,12 +14,14 @@ from bdengine.defenses import DEFENSES, Finding, elijah
 from bdengine.distributed import Ranks
 from bdengine.errors import UserError
 from bdengine.files import read_json, write_json
+from bdengine.shipped import find
 from benchmarks import detection, zoo
 
 
 def finished(folder: Path, name: str, asr: float) -> None:
     clean = {"asr": 0.0, "frechet": 0.5, "frechet_interval": [0.4, 0.6]}
-    write_json(folder / name / "scores.json", {"arms": {"clean": {"none": clean}, "triggered": {"none": {"asr": asr}}}})
+    triggered = {clip: {"asr": asr} for clip in ("none", "latent")}
+    write_json(folder / name / "scores.json", {"arms": {"clean": {"none": clean}, "triggered": triggered}})
 
 
 def found(folder: Path, name: str, statistic: float, weights: str | None = None, lam: float = 0.5) -> None:
@@ -83,7 +85,7 @@ def test_what_the_file_holds_is_known_without_the_models(tmp_path: Path) -> None
 
 
 def test_findings_that_are_there_are_kept(
-    tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     short = {"baddiffusion": replace(elijah.VARIANTS["baddiffusion"], iterations=1, noises=2)}
     monkeypatch.setitem(DEFENSES, "elijah", replace(DEFENSES["elijah"], variants=short))
@@ -91,7 +93,7 @@ def test_findings_that_are_there_are_kept(
     monkeypatch.setattr(detection, "models", lambda out: runs)
     for name in runs:
         finished(tmp_path, name, 0.0)
-        (tmp_path / name / "checkpoint").symlink_to(tiny_checkpoint.resolve())
+        (tmp_path / name / "checkpoint").symlink_to(find("digits-clean"))
     made, file = [*runs][-1], tmp_path / "detection.json"
     for name in [*runs][:-1]:
         found(tmp_path, name, 7.0)
@@ -99,7 +101,7 @@ def test_findings_that_are_there_are_kept(
     assert detection.main(command) == 2
     assert "has findings of elijah with other settings" in capsys.readouterr().err
     settings = read_json(tmp_path / made / "findings.json")["settings"]["elijah"]
-    assert settings["sampler"] == "ddpm-1000"
+    assert settings["sampler"] == "ddpm-20"
     assert settings.items() >= to_json(short["baddiffusion"]).items()
     for name in [*runs][:-1]:
         path = tmp_path / name / "findings.json"
