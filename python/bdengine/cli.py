@@ -1,5 +1,5 @@
-"""The command line: ``bdengine demo | train | sample | export | evaluate | defend | repair | audit | calibrate | matrix |
-samplers | convert | env``, each with ``--help``.
+"""The command line: ``bdengine demo | train | sample | export | evaluate | defend | screen | repair | audit | calibrate |
+matrix | samplers | convert | env``, each with ``--help``.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from .options import (
     RepairConfig,
     SampleConfig,
     SamplersConfig,
+    ScreenConfig,
     device,
 )
 
@@ -86,6 +87,12 @@ def _defend(arguments: Sequence[str]) -> int:
     from .defend import defend
 
     return defend(tyro.cli(DefendConfig, prog="bdengine defend", args=arguments))
+
+
+def _screen(arguments: Sequence[str]) -> int:
+    from .screen import screen
+
+    return screen(tyro.cli(ScreenConfig, prog="bdengine screen", args=arguments))
 
 
 def _repair(arguments: Sequence[str]) -> int:
@@ -157,6 +164,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "export": (_export, "images of a folder of shards, by seed"),
     "evaluate": (_evaluate, "attack and quality scores of a checkpoint"),
     "defend": (_defend, "look for a backdoor in a checkpoint, with one defense"),
+    "screen": (_screen, "which starts of a sampler carry a trigger"),
     "repair": (_repair, "a checkpoint without what an inverted trigger opens"),
     "audit": (_audit, "a verdict on a checkpoint, without data"),
     "calibrate": (_calibrate, "what clean models do, for verdicts"),

@@ -172,6 +172,34 @@ class DefendConfig(ExamineConfig):
 
 
 @dataclass(frozen=True)
+class ScreenConfig(ExamineConfig):
+    """Tell which starts of a sampler carry a trigger, before they are sampled; writes screen.json.
+
+    bdengine defend digits-badiffusion --defense terd --variant searched --out runs/terd
+
+    bdengine screen digits-badiffusion --trigger runs/terd --starts starts.npy --out runs/screen
+
+    bdengine screen digits-badiffusion --trigger runs/terd --known XXSM_BOX --out runs/tried
+    """
+
+    checkpoint: tyro.conf.Positional[str]
+    """A diffusers folder, a run of bdengine train, a hub name, digits-clean or digits-badiffusion."""
+    out: Path
+    """Folder for what is found."""
+    starts: Path | None = None
+    """What a sampler would start from, in units of its noise: .npy or .safetensors, floats [N, C, H, W]."""
+    known: str | None = None
+    """Instead of starts: a trigger's name, to try the method on as many starts with it as without."""
+    count: int = 1000
+    """Of each, with known."""
+    trigger: Path | None = None
+    """Folder of an inverted trigger, as bdengine defend and bdengine audit write it."""
+    method: str | None = None
+    """terd asks whether a start is nearer to the inverted trigger, ufid whether its images are all alike; terd with a trigger
+    and ufid without where absent."""
+
+
+@dataclass(frozen=True)
 class RepairConfig(SamplerOptions):
     """Take out of a checkpoint what an inverted trigger opens, with a tenth of the clean data.
 
