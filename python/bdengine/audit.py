@@ -62,7 +62,7 @@ SIDES: Final = 32
 """They grow by that share of the image's side, or a pixel: a network of closed form answers to the true side alone."""
 FINE: Final[starts.Grid] = tuple((side, 1) for side in range(3, 8))
 """A network that saw its trigger in every step knows it to the pixel: digits-trojdiff, with a square of 8 of 16 pixels, draws
-its target where an edge or two are one pixel off, for half of the images where all four are, and for none from `starts.GRID`."""
+its target where an edge or two are one pixel off, for half of the images where all four are, for none from `starts.GRID`."""
 ODE_STEPS: Final = 20
 IMAGES: Final = 64
 """Most that a stage asks about."""
