@@ -16,14 +16,13 @@ from .audit import AUDIT_SEEDS, examine, lacking, settings_of, stages_of
 from .audit import audit as audited
 from .commands import Model
 from .config import claim, to_json
-from .defend import chosen, subject_of
-from .defenses import DEFENSES, Calibration, Finding, Subject
+from .defend import chosen, packaged, subject_of
+from .defenses import DEFENSES, Calibration, Finding
 from .defenses.result import check_alpha
 from .defenses.settings import family_of
 from .errors import UserError, unknown
 from .files import write_atomic, write_json
 from .options import AuditConfig, CalibrateConfig
-from .shipped import ASSETS
 
 AUDIT: Final = "audit"
 STEPS: Final = 20
@@ -38,22 +37,11 @@ SENTENCES: Final = {
 }
 
 
-def calibrations() -> list[Calibration]:
-    """Those in the package."""
-    return [Calibration.load(path) for path in sorted((ASSETS / "calibration").glob("*.json"))]
-
-
-def packaged(subject: Subject) -> Calibration | None:
-    """The calibration in the package whose models are of the subject's family and were examined alike; None without one."""
-    told = (AUDIT, to_json(settings_of(subject)))
-    return next((one for one in calibrations() if (one.defense, one.settings) == told), None)
-
-
 def audit(config: AuditConfig) -> int:
     """Run ``bdengine audit``; returns `EXIT` of the verdict."""
     given = None if config.calibration is None else Calibration.load(config.calibration)
     model, subject = subject_of(config.checkpoint, config, STEPS)
-    calibration = given or packaged(subject)
+    calibration = given or packaged(AUDIT, settings_of(subject), subject)
     stages, names, finding = audited(subject, calibration, config.alpha), stages_of(subject), None
     with tqdm(total=len(names), unit="stage", desc=names[0]) as bar:
         for finding in stages:

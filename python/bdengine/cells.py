@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Final
 
 from . import checkpoint, pictures
-from .auditing import AUDIT, calibrations, examiner
+from .auditing import AUDIT, examiner
 from .commands import Model, scored
 from .config import claim
-from .defend import write_pictures
+from .defend import calibrations, write_pictures
 from .defenses import DEFENSES, Calibration, Finding
 from .defenses.clipping import CLIPS
 from .defenses.result import check_alpha

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,13 @@ from .commands import Model
 from .config import to_json
 from .defenses import DEFENSES, Calibration, Defense, Finding, Subject
 from .defenses.result import check_alpha
-from .defenses.settings import settings as settings_of
 from .errors import UserError, unknown
 from .extractors import DigitFeatures
 from .files import write_json
 from .options import CalibrateConfig, DefendConfig, ExamineConfig
 from .own import in_unit_range, is_preserving
 from .schedule import Schedule
+from .shipped import ASSETS
 
 FEATURES = ("digits", "pixels")
 
@@ -62,6 +63,18 @@ def chosen(config: DefendConfig | CalibrateConfig) -> tuple[Defense, Any]:
     return defense, replace(settings, seed=config.seed) if hasattr(settings, "seed") else settings
 
 
+def calibrations() -> list[Calibration]:
+    """Those in the package."""
+    return [Calibration.load(path) for path in sorted((ASSETS / "calibration").glob("*.json"))]
+
+
+def packaged(defense: str, settings: Mapping[str, Any], subject: Subject) -> Calibration | None:
+    """The calibration in the package of clean models that were examined with these settings, the subject not among them."""
+    told = (defense, to_json(settings))
+    fitting = (one for one in calibrations() if (one.defense, one.settings) == told)
+    return next((one for one in fitting if subject.weights_sha256 not in one.statistics), None)
+
+
 def examined(config: DefendConfig) -> tuple[Model, Finding]:
     """The checkpoint, and the finding with its verdict.
 
@@ -74,8 +87,11 @@ def examined(config: DefendConfig) -> tuple[Model, Finding]:
     calibration = None if config.calibration is None else Calibration.load(config.calibration)
     check_alpha(config.alpha)
     model, subject = subject_of(config.checkpoint, config)
-    if calibration is not None:
-        calibration.check(config.defense, settings_of(subject, settings), subject.weights_sha256)
+    told = defense.settings(subject, settings)
+    if calibration is None:
+        calibration = packaged(config.defense, told, subject)
+    else:
+        calibration.check(config.defense, told, subject.weights_sha256)
     finding = defense.examine(subject, settings)
     return model, finding if calibration is None else calibration.judge(finding, config.alpha)
 

@@ -166,7 +166,7 @@ class DefendConfig(ExamineConfig):
     variant: str | None = None
     """Which of the defense's settings: what kind of backdoor it looks for; its first where absent."""
     calibration: Path | None = None
-    """The defense's statistic on clean models (bdengine.defenses.Calibration), without which nothing is decided."""
+    """The defense's statistic on clean models, as bdengine calibrate writes it; one in the package that fits where absent."""
     seed: int = 0
     """Everything that the defense draws follows from it."""
 

@@ -107,6 +107,23 @@ def test_mistakes_get_one_sentence(
         )
 
 
+@pytest.mark.parametrize("name", [name for name, defense in DEFENSES.items() if name != "clipping"])
+def test_settings_are_known_before_the_finding(name: str, tiny_checkpoint: Path) -> None:
+    """So that a calibration that does not fit is refused at once, and one that does is not."""
+    short = {
+        "elijah": {"iterations": 1, "noises": 2},
+        "terd": {"surrogate": 1, "refinement": 0, "batch": 2},
+        "purediffusion": {"iterations": 1, "batch": 2, "steps": 2},
+        "anp": {"steps": 1},
+        "ufid": {"images": 2},
+        "diffcleanse": {"iterations": 1},
+    }
+    defense = DEFENSES[name]
+    _, subject = defend.subject_of(str(tiny_checkpoint), ExamineConfig(steps=2))
+    variant = replace(next(iter(defense.variants.values())), **short[name])
+    assert defense.examine(subject, variant).details["settings"] == defense.settings(subject, variant)
+
+
 def test_every_defense_has_settings_that_can_be_told_apart() -> None:
     for defense in DEFENSES.values():
         assert all(is_dataclass(one) for one in defense.variants.values())

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from bdengine import auditing
+from bdengine import auditing, defend
+from bdengine.audit import settings_of
 from bdengine.cli import main
-from bdengine.defend import subject_of
 from bdengine.options import AuditConfig
 
 
@@ -22,7 +22,7 @@ def test_it_convicts_the_shipped_backdoor(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_it_knows_the_shipped_clean_model(tmp_path: Path) -> None:
-    subject = subject_of("digits-clean", AuditConfig("digits-clean", tmp_path), auditing.STEPS)[1]
-    known = auditing.packaged(subject)
+    subject = defend.subject_of("digits-clean", AuditConfig("digits-clean", tmp_path), auditing.STEPS)[1]
+    known = defend.packaged(auditing.AUDIT, settings_of(subject), subject)
     assert known is not None
     assert (len(known.statistics), known.lacking(0.05)) == (20, None)

@@ -41,6 +41,8 @@ OUTSIDE: Final = 0.1
 """Largest excess of an image that counts."""
 RANGE: Final = (0.05, 0.95)
 """That the hinge leaves alone, published."""
+CONSTANTS: Final = {"same": ALIKE, "range": RANGE, "outside": OUTSIDE}
+"""Of this file, that the statistic depends on."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +117,6 @@ def examine(subject: Subject, config: DiffCleanseConfig) -> Finding:
     """Invert a shift, and measure how alike its images are."""
     with Watch(subject) as watch:
         tau, images, losses = invert(subject, config)
-    finding = watch.alike(
-        "diffcleanse", settings(subject, config, same=ALIKE, range=RANGE, outside=OUTSIDE), tau, images, losses
-    )
+    finding = watch.alike("diffcleanse", settings(subject, config, **CONSTANTS), tau, images, losses)
     finding.details["found"] = float(found(images).float().mean())
     return finding

@@ -64,6 +64,8 @@ from .subject import Subject, Watch, run_seeds
 WINDOW: Final = 10
 """Timesteps at either end of the process that the losses draw from."""
 DDIM_STEPS: Final = 10
+CONSTANTS: Final = {"window": WINDOW, "ddim_steps": DDIM_STEPS}
+"""Of this file, that the statistic depends on."""
 STREAMS: Final = (bdkernels.STREAM_INITIAL, bdkernels.STREAM_TRAINING, bdkernels.STREAM_STEP)
 """Of ``x0`` or the noise that it is sampled from, of ``e_1`` and of ``e_2``; the noise contract's step is the iteration."""
 
@@ -260,6 +262,6 @@ def examine(subject: Subject, config: TerdConfig) -> Finding:
         "trigger_norm": float(mu.norm()),
         "gamma": None if gamma is None else float(gamma.mean()),
         "losses": losses,
-        "settings": settings(subject, config, window=WINDOW, ddim_steps=DDIM_STEPS),
+        "settings": settings(subject, config, **CONSTANTS),
     }
     return watch.finding("terd", mean, mu, images, details)
