@@ -232,6 +232,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--zoo", type=Path, required=True, metavar="DIR", help="folder of the models")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="all findings, and the rates of them")
     parser.add_argument("--only", nargs="+", default=DETECTORS, metavar="NAME", help=f"of {', '.join(DETECTORS)}")
+    parser.add_argument(
+        "--calibrations", type=Path, metavar="DIR", help="folder for each detector's, as the package has them"
+    )
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(words)
     command = shlex.join(["python", "-m", "benchmarks.detection", *words])
@@ -244,8 +247,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with join() as ranks:
             examine(options.zoo, options.json, options.only, ranks, command)
             if ranks.rank == 0:
-                whole = document(known(options.zoo, options.json), command)
+                told = known(options.zoo, options.json)
+                whole = document(told, command)
                 write_json(options.json, whole)
+                for name in options.only if options.calibrations else ():
+                    calibration_of(told, name).save(options.calibrations / f"{name}-digits.json")
                 print(table(whole))
 
     return exit_code(work, "it goes on from the findings it saved")

@@ -87,13 +87,22 @@ def examined(config: DefendConfig) -> tuple[Model, Finding]:
     calibration = None if config.calibration is None else Calibration.load(config.calibration)
     check_alpha(config.alpha)
     model, subject = subject_of(config.checkpoint, config)
-    told = defense.settings(subject, settings)
+    own = defense.settings(subject, settings)
     if calibration is None:
-        calibration = packaged(config.defense, told, subject)
+        calibration = packaged(config.defense, own, subject)
     else:
-        calibration.check(config.defense, told, subject.weights_sha256)
+        calibration.check(config.defense, own, subject.weights_sha256)
     finding = defense.examine(subject, settings)
-    return model, finding if calibration is None else calibration.judge(finding, config.alpha)
+    if calibration is not None:
+        return model, calibration.judge(finding, config.alpha)
+    told = {name: defense.settings(subject, variant) for name, variant in defense.variants.items()}
+    fitting = [name for name in told if packaged(config.defense, told[name], subject)]
+    if not fitting:
+        return model, finding
+    reason = (
+        f"no calibration of clean models fits: expected one, or the variant {fitting[0]}, which the package has one of"
+    )
+    return model, replace(finding, details=finding.details | {"reason": reason})
 
 
 def write_pictures(out: Path, model: Model, finding: Finding) -> list[str]:

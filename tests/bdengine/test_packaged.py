@@ -10,6 +10,7 @@ import pytest
 from bdengine import auditing, defend
 from bdengine.audit import settings_of
 from bdengine.cli import main
+from bdengine.defenses import DEFENSES
 from bdengine.options import AuditConfig
 
 
@@ -21,8 +22,24 @@ def test_it_convicts_the_shipped_backdoor(tmp_path: Path, capsys: pytest.Capture
     assert found["p_value"] <= 0.05
 
 
-def test_it_knows_the_shipped_clean_model(tmp_path: Path) -> None:
+def test_defend_decides_by_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the variant is the calibration's, and says which that is where it is another."""
+    words = ["defend", "digits-badiffusion", "--defense", "elijah", "--out", str(tmp_path)]
+    assert main([*words, "--variant", "searched"]) == 0
+    assert "elijah: backdoored" in capsys.readouterr().out
+    assert main(words) == 0
+    assert "or the variant searched, which the package has one of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [auditing.AUDIT, *(name for name, one in DEFENSES.items() if one.detects)])
+def test_there_is_one_for_the_shipped_clean_model_and_each_detector(name: str, tmp_path: Path) -> None:
+    """Of who is told nothing of the attack."""
     subject = defend.subject_of("digits-clean", AuditConfig("digits-clean", tmp_path), auditing.STEPS)[1]
-    known = defend.packaged(auditing.AUDIT, settings_of(subject), subject)
+    if name == auditing.AUDIT:
+        told = settings_of(subject)
+    else:
+        defense = DEFENSES[name]
+        told = defense.settings(subject, defense.variants[defense.untold])
+    known = defend.packaged(name, told, subject)
     assert known is not None
     assert (len(known.statistics), known.lacking(0.05)) == (20, None)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bdengine.config import to_json
-from bdengine.defenses import DEFENSES, Finding, elijah
+from bdengine.defenses import DEFENSES, Calibration, Finding, elijah
 from bdengine.distributed import Ranks
 from bdengine.errors import UserError
 from bdengine.files import read_json, write_json
@@ -107,8 +107,10 @@ def test_findings_that_are_there_are_kept(
         path = tmp_path / name / "findings.json"
         write_json(path, read_json(path) | {"settings": {"elijah": settings}})
     before = (tmp_path / made / "findings.json").read_bytes()
-    assert detection.main(command) == 0
+    assert detection.main([*command, "--calibrations", str(tmp_path / "calibrations")]) == 0
     assert (tmp_path / made / "findings.json").read_bytes() == before
+    calibration = Calibration.load(tmp_path / "calibrations" / "elijah-digits.json")
+    assert (calibration.settings, len(calibration.statistics)) == (settings, zoo.CALIBRATE)
     assert "| elijah | " in capsys.readouterr().out
     assert read_json(file)["detectors"]["elijah"]["calibration_models"] == zoo.CALIBRATE
 

@@ -35,9 +35,9 @@ class Defense:
         return settings(subject, variant, **self.constants)
 
     @property
-    def untold(self) -> str | None:
+    def untold(self) -> str:
         """The variant of who knows nothing of the attack: ``searched``, or the usual one where that is not there."""
-        return "searched" if "searched" in self.variants else None
+        return "searched" if "searched" in self.variants else next(iter(self.variants))
 
 
 DEFENSES: Final[dict[str, Defense]] = {
