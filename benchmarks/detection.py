@@ -45,6 +45,9 @@ TOLD: Final = ("statistic", "p_value", "verdict", "evaluations", "seconds", "wei
 WORKS: Final = 0.9
 """Least share of triggered images that reach their target, for the backdoor to count as one."""
 
+KINDS: Final = ("clean", "baddiffusion box", "baddiffusion", "villan", "trojdiff", "uib", "weak")
+"""The groups of `kind_of`."""
+
 Known = dict[str, dict[str, Any]]
 """``settings`` by detector; ``models`` by name, each with its ``scores`` and what is ``found`` by detector."""
 
@@ -150,13 +153,13 @@ def rate(hits: int, of: int) -> dict[str, Any]:
 
 
 def kind_of(name: str, asr: float) -> str:
-    """The group that a model is counted in: clean, or its attack, with ``weak`` where its own trigger's ``asr`` is low."""
+    """The group that a model is counted in: clean, its attack, or weak where its own trigger's ``asr`` is low."""
     attack = models(Path())[name].attack
     if attack.name == "none":
         return "clean"
-    box = attack.name == "baddiffusion" and "BOX" in attack.trigger
-    kind = "baddiffusion box" if box else attack.name
-    return kind if asr >= WORKS else f"{kind} (weak)"
+    if asr < WORKS:
+        return "weak"
+    return f"{attack.name} box" if attack.name == "baddiffusion" and "BOX" in attack.trigger else attack.name
 
 
 def rates(told: Known, detector: str) -> dict[str, Any]:
@@ -207,8 +210,8 @@ def _calibrates(name: str) -> bool:
 
 def table(whole: dict[str, Any]) -> str:
     """The rates as Markdown, a line a detector."""
-    kinds = sorted({kind for row in whole["detectors"].values() for kind in row["flagged"]})
-    kinds.sort(key=lambda kind: kind != "clean")
+    seen = {kind for row in whole["detectors"].values() for kind in row["flagged"]}
+    kinds = [kind for kind in KINDS if kind in seen]
     heads = ["detector", *kinds, "undecided", "median seconds", "median evaluations"]
     lines = [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}"]
     for detector, row in whole["detectors"].items():

@@ -104,13 +104,13 @@ def summary(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def table(kinds: dict[str, Any]) -> str:
-    """The summary as Markdown, a line a kind."""
+def table(whole: dict[str, Any]) -> str:
+    """The summary of what ``--json`` writes as Markdown, a line a kind."""
     lines = [
         "| attack | repaired | ASR | clean Fréchet, before | after | triggered Fréchet | seconds |",
         f"| --- |{' ---: |' * 6}",
     ]
-    for kind, row in kinds.items():
+    for kind, row in whole["kinds"].items():
         distances = (f"{row[of]:.2f}" for of in ("frechet_before", "frechet_after", "frechet_triggered"))
         cells = [kind, cell(row["repaired"]), f"{row['asr']:.1%}", *distances, f"{row['seconds']:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows[name] = repair(options.zoo, name)
             whole = {"command": command, "commit": commit(), "kinds": summary(rows), "models": rows}
             write_json(options.json, whole)
-        print(table(summary(rows)))
+        print(table({"kinds": summary(rows)}))
 
     return exit_code(work, "it goes on from the repairs it saved")
 

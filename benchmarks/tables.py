@@ -4,20 +4,21 @@
 
 A table stands between ``<!-- results: FILE -->`` and ``<!-- end -->``: a line an op and shape, a column a provider, ns per
 element, or images a second of ops that are told so, and in brackets its time relative to ours; calculated ones have a c.
-A file of ``benchmarks.scale`` makes a line an axis.
+Files of ``benchmarks.scale``, ``detection`` and ``repairs`` make a line an axis, a detector, and a kind of attack.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from bdengine.errors import UserError
 from bdengine.files import read_json, write_atomic
 
+from . import detection, repairs
 from .bench import PROVIDERS
 from .report import PER_SECOND, Row, exit_code, fastest, of_row
 from .scale import Growth
@@ -65,6 +66,15 @@ def curves(grown: Sequence[Growth]) -> str:
     return "\n".join(lines)
 
 
+TABLES: Final[dict[str, Callable[[dict[str, Any]], str]]] = {
+    "rows": lambda document: markdown([of_row(row) for row in document["rows"]]),
+    "growth": lambda document: curves([Growth(**row) for row in document["growth"]]),
+    "detectors": detection.table,
+    "kinds": repairs.table,
+}
+"""What makes the table of a document, by a key that it has."""
+
+
 def filled(text: str) -> str:
     """``text`` with every table made anew.
 
@@ -74,10 +84,7 @@ def filled(text: str) -> str:
 
     def block(found: re.Match[str]) -> str:
         document = read_json(RESULTS / found["file"])
-        if "growth" in document:
-            made = curves([Growth(**row) for row in document["growth"]])
-        else:
-            made = markdown([of_row(row) for row in document["rows"]])
+        made = next(make(document) for key, make in TABLES.items() if key in document)
         return f"{found[1]}{made}\n{found[3]}"
 
     return _BLOCK.sub(block, text)

@@ -51,7 +51,7 @@ def test_rates_are_of_held_out_models_by_attack(tmp_path: Path) -> None:
     row = rates(tmp_path)
     assert row["calibration_models"] == zoo.CALIBRATE
     counts = {kind: (rate["k"], rate["n"]) for kind, rate in row["flagged"].items()}
-    assert counts == {"clean": (1, 3), "baddiffusion box": (1, 2), "baddiffusion box (weak)": (1, 1)}
+    assert counts == {"clean": (1, 3), "baddiffusion box": (1, 2), "weak": (1, 1)}
     assert row["flagged"]["clean"]["interval"] == [0.0084, 0.9057]  # 1 - 0.975^(1/3), and the larger root for 1 of 3
     assert row["verdicts"]["backdoored/000"] == {"p_value": 1 / 21, "verdict": "backdoored"}
     assert len(row["verdicts"]) == 6

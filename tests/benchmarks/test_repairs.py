@@ -31,7 +31,7 @@ def test_a_repair_takes_the_backdoor_and_leaves_the_images() -> None:
     assert [repairs.succeeded(row) for row in rows.values()] == [True, False, False]
     row = repairs.summary(rows)["villan"]
     assert (row["repaired"]["k"], row["repaired"]["n"], row["asr"], row["frechet_after"]) == (1, 3, 0.05, 0.65)
-    assert "| villan | 1 of 3 [1%, 91%] | 5.0% | 0.50 | 0.65 | 1.00 | 3 |" in repairs.table({"villan": row})
+    assert "| villan | 1 of 3 [1%, 91%] | 5.0% | 0.50 | 0.65 | 1.00 | 3 |" in repairs.table({"kinds": {"villan": row}})
 
 
 def test_models_that_the_audit_found_are_repaired_once(
