@@ -80,8 +80,9 @@ def keep(zoo: Path, name: str, finding: Finding) -> None:
     path = _findings(zoo, name)
     if finding.trigger is not None:
         write_json(zoo / name / finding.defense / "finding.json", finding.to_json())
-        trigger = {"trigger": finding.trigger}
-        checkpoint.write_safetensors(zoo / name / finding.defense / checkpoint.TRIGGER, trigger, {})
+        header = {"stage": stage} if (stage := finding.details.get("stage")) else {}
+        path_of_trigger = zoo / name / finding.defense / checkpoint.TRIGGER
+        checkpoint.write_safetensors(path_of_trigger, {"trigger": finding.trigger}, header)
     told = read_json(path) if path.exists() else {"settings": {}, "found": {}}
     arms, clip = read_json(zoo / name / "scores.json")["arms"], clip_of(models(zoo)[name])
     told["scores"] = {

@@ -19,9 +19,11 @@ from typing import Final
 from tqdm import tqdm
 
 from bdengine.attacks import AttackConfig
+from bdengine.checkpoint import EXTRA
 from bdengine.commands import Model, scored
+from bdengine.config import to_json
 from bdengine.errors import UserError
-from bdengine.files import write_json
+from bdengine.files import read_json, write_json
 from bdengine.memory import keep_freed
 from bdengine.options import EvaluateConfig, device
 from bdengine.presets import PRESETS
@@ -94,11 +96,15 @@ def clip_of(run: TrainConfig) -> Clip:
 
 def make(run: TrainConfig) -> None:
     """One model with its scores, unless they are there; a clean one is scored with a trigger it has never seen."""
-    if not (run.out / "checkpoint").exists():
+    made = run.out / "checkpoint"
+    if not made.exists():
         train(run, device=device(), progress=False)
+    recipe = {name: value for name, value in to_json(run).items() if name != "out"}
+    if read_json(made / EXTRA)["train"] != recipe:
+        raise UserError(f"{run.out} holds a model of another recipe: expected one of this zoo, or an empty folder")
     unseen = {"trigger": "XXSM_BOX", "target": "DRAWN_HAT"} if run.attack.name == "none" else {}
     clips = tuple(dict.fromkeys(("none", clip_of(run))))
-    asked = EvaluateConfig(str(run.out / "checkpoint"), run.out, clips=clips, **unseen)  # type: ignore[arg-type]
+    asked = EvaluateConfig(str(made), run.out, clips=clips, **unseen)  # type: ignore[arg-type]
     if not (run.out / "scores.json").exists():
         write_json(run.out / "scores.json", scored(Model.load(asked.checkpoint), asked)[0])
 

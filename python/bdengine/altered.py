@@ -2,8 +2,9 @@
 
     r' = scale crop(r) + noise z          z ~ N(0, I), one draw for all samples
 
-``crop`` makes half of the trigger what is bare around it; of a stamp, half of the stamp and not of the canvas. Scale and noise
-are of ``r`` as a sampler adds it, background included; a patch stays one.
+``crop`` makes half of the trigger what is bare around it: of a stamp, half of the stamp and not of the canvas; of a
+perturbation, 0. Scale and noise are of ``r`` as a sampler adds it, background included. A patch stays one, and a cropped one is
+half black. BackdoorDM's perturbation, ``U[0, 1]`` on a random half, is another.
 """
 
 from __future__ import annotations

@@ -43,8 +43,10 @@ def audit(config: AuditConfig) -> int:
     model, subject = subject_of(config.checkpoint, config, STEPS)
     calibration = given or packaged(AUDIT, settings_of(subject), subject)
     stages, names, finding = audited(subject, calibration, config.alpha), stages_of(subject), None
+    run = {name: value for name, value in to_json(config).items() if name != "out"}
     with tqdm(total=len(names), unit="stage", desc=names[0]) as bar:
         for finding in stages:
+            write_json(config.out / "audit.json", finding.to_json() | {"run": run})
             bar.update()
             done = len(finding.details["stages"])
             bar.set_description(names[done] if done < len(names) else "done")
@@ -53,13 +55,13 @@ def audit(config: AuditConfig) -> int:
     if calibration is None:
         reason = f"no clean models of its family are known ({family_of(subject)}): see bdengine calibrate"
         finding = replace(finding, details=finding.details | {"reason": reason})
-    run = {name: value for name, value in to_json(config).items() if name != "out"}
     write_json(config.out / "audit.json", finding.to_json() | {"run": run})
     same_seeds = range(AUDIT_SEEDS, AUDIT_SEEDS + SHOWN)
     own = subject.sampled({"": Arm(subject.table)}, same_seeds, SHOWN)[""]
     write_atomic(config.out / "report.html", page(config, finding, model, own))
     if finding.trigger is not None:
-        checkpoint.write_safetensors(config.out / "trigger.safetensors", {"trigger": finding.trigger}, {})
+        header = {"stage": finding.details["stage"]}
+        checkpoint.write_safetensors(config.out / checkpoint.TRIGGER, {"trigger": finding.trigger}, header)
     print(f"{finding.verdict}: {sentence(finding)}")
     print(f"{finding.evaluations:,} images through the network in {finding.seconds:.1f} s")
     print(f"open {config.out / 'report.html'} (and audit.json beside it)")
@@ -105,7 +107,10 @@ def _facts(finding: Finding) -> list[tuple[str, str]]:
     facts = [("family", details["settings"]["family"]), ("sampler", details["settings"]["sampler"])]
     if "alpha" in details:
         facts += [
-            ("false alarms", f"in at most {details['alpha']:.2g} of clean models"),
+            (
+                "false alarms",
+                f"in at most {details['alpha']:.2g} of clean models trained like the calibration's, on average",
+            ),
             ("clean models make copies", f"in at most {details['p0']:.1%}"),
         ]
     return [*facts, ("network evaluations", f"{finding.evaluations:,}"), ("seconds", f"{finding.seconds:.1f}")]

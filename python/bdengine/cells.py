@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Final
 
 from . import checkpoint, pictures
-from .auditing import AUDIT, examiner
+from .audit import audit, settings_of
+from .auditing import AUDIT, STEPS, examiner
 from .commands import Model, scored
 from .config import claim
-from .defend import calibrations, write_pictures
+from .defend import calibrations, fitting, subject_of, write_pictures
 from .defenses import DEFENSES, Calibration, Finding
 from .defenses.clipping import CLIPS
 from .defenses.result import check_alpha
 from .errors import UserError, unknown
 from .files import write_json
 from .metrics import check_threshold
-from .options import CalibrateConfig, EvaluateConfig, RepairConfig
+from .options import AuditConfig, CalibrateConfig, EvaluateConfig, RepairConfig
 from .presets import PRESETS, preset
 from .repair import repaired
 from .schedule import linear
@@ -178,14 +179,22 @@ def score(config: MatrixConfig, attack: str, sampler: str, repaired: str | None 
 
 
 def examine(config: MatrixConfig, attack: str, name: str) -> None:
-    """A detector's finding, not judged yet."""
+    """A detector's finding, not judged yet; the audit's with its verdict, since it stops where that is decided."""
     model, folder = model_of(config, attack), config.cell(attack, name)
     defense, _, variant = name.partition(":")
-    usual = DEFENSES[defense].untold if defense in DEFENSES else None
-    finding = examiner(CalibrateConfig((), folder, defense, variant or usual))(model.path)
+    if defense == AUDIT:
+        finding = _audited(config, model.path)
+    else:
+        finding = examiner(CalibrateConfig((), folder, defense, variant or DEFENSES[defense].untold))(model.path)
     first = None if finding.images is None else finding.images[:SHOWN]
     write_pictures(folder, model, replace(finding, images=first))
     write_json(folder / "finding.json", finding.to_json())
+
+
+def _audited(config: MatrixConfig, model: str) -> Finding:
+    _, subject = subject_of(model, AuditConfig(model, config.out), STEPS)
+    calibration = fitting(config.known(), AUDIT, settings_of(subject), subject.weights_sha256)
+    return [*audit(subject, calibration, config.alpha)][-1]
 
 
 def repair(config: MatrixConfig, attack: str, name: str) -> None:
@@ -195,10 +204,8 @@ def repair(config: MatrixConfig, attack: str, name: str) -> None:
 
 
 def judged(finding: Finding, known: Sequence[Calibration], alpha: float) -> Finding:
-    """The finding with a verdict, where one of the ``known`` calibrations fits that the model is not in."""
-    settings = finding.details["settings"]
-    for one in known:
-        own = finding.weights_sha256 in one.statistics
-        if (one.defense, one.settings) == (finding.defense, settings) and not own:
-            return one.judge(finding, alpha)
-    return finding
+    """The finding with a verdict, where one of the ``known`` calibrations fits; the audit's has its own."""
+    if finding.defense == AUDIT:
+        return finding
+    calibration = fitting(known, finding.defense, finding.details["settings"], finding.weights_sha256)
+    return finding if calibration is None else calibration.judge(finding, alpha)

@@ -5,8 +5,9 @@ matrix | samplers | convert | env``, each with ``--help``.
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import tyro
 
@@ -175,6 +176,10 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
 }
 
 
+FAULT: Final = 70
+"""Exit code after an error that nobody foresaw."""
+
+
 def usage() -> str:
     """The text of ``bdengine --help``."""
     lines = [f"  {name:10} {summary}" for name, (_, summary) in COMMANDS.items()]
@@ -182,7 +187,7 @@ def usage() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of ``bdengine``; returns the exit code: 2 after a user's mistake, 130 after Ctrl-C."""
+    """Entry point of ``bdengine``; returns the exit code: 2 after a user's mistake, 130 after Ctrl-C, or `FAULT`."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(usage())
@@ -201,6 +206,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
+    except Exception:  # Python would exit with 1, which of an audit is a verdict
+        traceback.print_exc()
+        return FAULT
 
 
 if __name__ == "__main__":

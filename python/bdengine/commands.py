@@ -15,7 +15,7 @@ from .altered import UNALTERED, Altered
 from .attacks import AttackConfig
 from .caching import Cached
 from .config import claim, from_json, to_json
-from .data import Images, load
+from .data import Images, load, to_float
 from .distributed import ALONE, Ranks, join
 from .errors import UserError
 from .evaluate import ClassTarget, Reference, against, sample_arms, score_arms
@@ -33,9 +33,11 @@ from .shipped import find
 from .solvers import SamplerConfig, Table
 from .streamed import Streamed, statistics_of
 from .tasks import NO_TASK, Task, originals
-from .triggers import LEARNED, class_of, trigger
+from .triggers import FROM_TRIGGER, LEARNED, class_of, trigger
 from .volume import fill
 
+SHOWN: Final = 16
+"""Images of each arm in a picture."""
 OWN_STEPS: Final = 50
 """Of a checkpoint's own scheduler where nobody says."""
 _VARIANCES: Final = {"fixed_large": "large", "learned_range": "learned_range"}
@@ -88,8 +90,17 @@ class Model:
 
     @property
     def train(self) -> dict[str, Any]:
-        """The configuration it was trained with; empty for a stranger's."""
-        return self.made_by.get("train", {})
+        """The configuration it was trained with; empty for a stranger's.
+
+        Raises:
+            UserError: What stands there is none.
+        """
+        train = self.made_by.get("train", {})
+        if not isinstance(train, dict) or not isinstance(train.get("sampler", {}), dict):
+            raise UserError(
+                f"{self.path} says that it was trained with {train!r}: expected an object, with one of its sampler"
+            )
+        return train
 
     @property
     def attack(self) -> AttackConfig:
@@ -153,7 +164,9 @@ class Model:
     def triggered(self, table: Table, names: AttackConfig, altered: Altered = UNALTERED) -> Arm:
         """Samples with the trigger that is named, altered, as the attack that it was trained with starts them."""
         learned = names.trigger == LEARNED
-        r = altered.cropped(self.trigger(names.trigger, names.trigger_file), 0.0 if learned else -1.0)
+        r = altered.cropped(
+            self.trigger(names.trigger, names.trigger_file), 0.0 if learned or names.name == "uib" else -1.0
+        )
         r = (r + 1) / 2 if in_unit_range(self.scheduler) else r
         if not is_preserving(self.scheduler):
             return Arm(table, altered.perturbed(r))
@@ -303,10 +316,12 @@ def scored(
             " or --attack-of CHECKPOINT"
         )
     # A target that is made of the trigger is made of that in training, whatever sampling starts with.
-    made_of = names if attack.name == "none" else attack
+    made_of = names if attack.name == "none" or names.target not in FROM_TRIGGER else attack
     r = model.trigger(made_of.trigger, made_of.trigger_file)
     data, extractor = model.data(config.data), extractor_of(config.extractor)
-    y = _goal(names, r, data, extractor)
+    y, reference = _goal(names, r, data, extractor), Reference.of(data, extractor)
+    # What cannot be scored is refused before hours of sampling: images of a size that a metric does not take, too few of them.
+    score_arms({("data", "none"): to_float(data.pixels[:SHOWN])}, y, reference, config.threshold)
     table, sampler = model.table(config, config.task)
     images = None if config.task.first is None else originals(data)
     corrupted = None if images is None else config.task.corrupted(images)
@@ -328,13 +343,12 @@ def scored(
     if ranks.rank > 0:
         return {}, {}
     arms = {key: model.shown(images) for key, images in arms.items()}
-    reference = Reference.of(data, extractor)
     scored, first = score_arms(arms, y, reference, config.threshold), {}
     if images is not None and corrupted is not None:
         chosen = torch.arange(config.images) % len(images)
         for (start, clip), restored in arms.items():
             scored[start][clip] |= against(restored, images[chosen])
-        first = {"image": images[chosen][:16], "corrupted": corrupted[chosen][:16]}
+        first = {"image": images[chosen][:SHOWN], "corrupted": corrupted[chosen][:SHOWN]}
     scores = {
         "source": Path(config.checkpoint).name,
         "arms": scored,
@@ -349,4 +363,4 @@ def scored(
             "target_file": to_json(names.target_file),
         },
     }
-    return scores, first | {" / ".join(key): made[:16] for key, made in arms.items()}
+    return scores, first | {" / ".join(key): made[:SHOWN] for key, made in arms.items()}

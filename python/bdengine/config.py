@@ -13,6 +13,17 @@ from .errors import UserError
 from .files import read_json, write_json
 
 Config = TypeVar("Config")
+_JSON: typing.Final[dict[Any, tuple[type, ...]]] = {
+    bool: (bool,),
+    int: (int,),
+    float: (int, float),
+    str: (str,),
+    typing.Literal: (str,),
+    Path: (str,),
+    tuple: (list, tuple),
+    dict: (dict,),
+}
+"""What a field of a type is in JSON."""
 
 
 def to_json(value: Any) -> Any:
@@ -32,13 +43,15 @@ def from_json(kind: type[Config], value: dict[str, Any]) -> Config:
     """The inverse of `to_json` for a dataclass ``kind``.
 
     Raises:
-        UserError: A field that ``kind`` does not have.
+        UserError: No object, a field that ``kind`` does not have, or a value of another type than the field's.
     """
+    if not isinstance(value, dict):
+        raise UserError(f"{kind.__name__} is {value!r}: expected an object of JSON")
     hints = typing.get_type_hints(kind)
     unknown = sorted(set(value) - set(hints))
     if unknown:
         raise UserError(f"unknown field {unknown[0]!r} of {kind.__name__}: expected {', '.join(hints)}")
-    return kind(**{name: _restore(hints[name], v) for name, v in value.items()})
+    return kind(**{name: _restore(f"{name} of {kind.__name__}", hints[name], v) for name, v in value.items()})
 
 
 def claim(file: Path, run: dict[str, Any], free: Collection[str] = ()) -> bool:
@@ -75,17 +88,17 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _restore(hint: Any, value: Any) -> Any:
-    options = [h for h in typing.get_args(hint) if h is not type(None)] if _is_union(hint) else [hint]
-    if value is None:
+def _restore(name: str, hint: Any, value: Any) -> Any:
+    options = list(typing.get_args(hint)) if _is_union(hint) else [hint]
+    if value is None and type(None) in options:
         return None
     if dataclasses.is_dataclass(options[0]):
         return from_json(typing.cast(type, options[0]), value)
-    if options[0] is Path:
-        return Path(value)
-    if typing.get_origin(options[0]) is tuple:
-        return tuple(value)
-    return value
+    kind = typing.get_origin(options[0]) or options[0]
+    wanted = _JSON.get(kind)
+    if wanted is not None and (not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool)):
+        raise UserError(f"{name} is {value!r}: expected {kind.__name__}")
+    return kind(value) if kind in (Path, tuple) else value
 
 
 def _is_union(hint: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from .files import write_json
 from .options import CalibrateConfig, DefendConfig, ExamineConfig
 from .own import in_unit_range, is_preserving
 from .schedule import Schedule
+from .seeds import check_seeds
 from .shipped import ASSETS
 
 FEATURES = ("digits", "pixels")
@@ -60,6 +61,7 @@ def chosen(config: DefendConfig | CalibrateConfig) -> tuple[Defense, Any]:
     if variant not in defense.variants:
         raise unknown(f"variant of {config.defense}", variant, defense.variants)
     settings = defense.variants[variant]
+    check_seeds([config.seed])
     return defense, replace(settings, seed=config.seed) if hasattr(settings, "seed") else settings
 
 
@@ -68,11 +70,17 @@ def calibrations() -> list[Calibration]:
     return [Calibration.load(path) for path in sorted((ASSETS / "calibration").glob("*.json"))]
 
 
-def packaged(defense: str, settings: Mapping[str, Any], subject: Subject) -> Calibration | None:
-    """The calibration in the package of clean models that were examined with these settings, the subject not among them."""
+def fitting(
+    known: Sequence[Calibration], defense: str, settings: Mapping[str, Any], weights_sha256: str
+) -> Calibration | None:
+    """The first of the ``known`` whose clean models were examined with these settings, and that has not this model."""
     told = (defense, to_json(settings))
-    fitting = (one for one in calibrations() if (one.defense, one.settings) == told)
-    return next((one for one in fitting if subject.weights_sha256 not in one.statistics), None)
+    return next((c for c in known if (c.defense, c.settings) == told and weights_sha256 not in c.statistics), None)
+
+
+def packaged(defense: str, settings: Mapping[str, Any], subject: Subject) -> Calibration | None:
+    """`fitting` of those in the package."""
+    return fitting(calibrations(), defense, settings, subject.weights_sha256)
 
 
 def examined(config: DefendConfig) -> tuple[Model, Finding]:
@@ -96,11 +104,11 @@ def examined(config: DefendConfig) -> tuple[Model, Finding]:
     if calibration is not None:
         return model, calibration.judge(finding, config.alpha)
     told = {name: defense.settings(subject, variant) for name, variant in defense.variants.items()}
-    fitting = [name for name in told if packaged(config.defense, told[name], subject)]
-    if not fitting:
+    having = [name for name in told if packaged(config.defense, told[name], subject)]
+    if not having:
         return model, finding
     reason = (
-        f"no calibration of clean models fits: expected one, or the variant {fitting[0]}, which the package has one of"
+        f"no calibration of clean models fits: expected one, or the variant {having[0]}, which the package has one of"
     )
     return model, replace(finding, details=finding.details | {"reason": reason})
 
@@ -113,8 +121,11 @@ def write_pictures(out: Path, model: Model, finding: Finding) -> list[str]:
         written.append("images.png")
     if finding.trigger is not None:
         pictures.save_png(out / "trigger.png", pictures.grid(model.shown(finding.trigger)[None]))
-        checkpoint.write_safetensors(out / "trigger.safetensors", {"trigger": finding.trigger}, {})
-        written += ["trigger.png", "trigger.safetensors"]
+        header = {"stage": stage} if (stage := finding.details.get("stage")) else {}
+        checkpoint.write_safetensors(out / checkpoint.TRIGGER, {"trigger": finding.trigger}, header)
+        written += ["trigger.png", checkpoint.TRIGGER]
+    for name in {"images.png", "trigger.png", checkpoint.TRIGGER}.difference(written):
+        (out / name).unlink(missing_ok=True)  # of an earlier finding, which this one is not
     return written
 
 

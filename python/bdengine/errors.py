@@ -10,7 +10,7 @@ class UserError(ValueError):
     """A mistake in the input or on the machine that the user can mend; the command line prints it without a traceback."""
 
 
-def unknown(kind: str, value: str, choices: Iterable[str]) -> UserError:
+def unknown(kind: str, value: object, choices: Iterable[str]) -> UserError:
     """The error for a name that is not among ``choices``, naming the nearest one.
 
     Args:
@@ -19,6 +19,6 @@ def unknown(kind: str, value: str, choices: Iterable[str]) -> UserError:
         choices: Every valid name.
     """
     names = sorted(choices)
-    near = difflib.get_close_matches(value, names, n=1, cutoff=0.0)
+    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.0)
     hint = f"; the nearest is {near[0]!r}" if near else ""
     return UserError(f"unknown {kind} {value!r}: expected one of {', '.join(names)}{hint}")

@@ -51,11 +51,11 @@ class Reference:
     def score(self, images: Tensor) -> dict[str, Any]:
         """Distances of ``images`` to the real ones, with their number and the extractor's name.
 
-        Fréchet distance with its bootstrap interval (None where the images are too few for the features), kernel distance
+        Fréchet distance with its bootstrap interval (None where either images are too few for the features), kernel distance
         and k-NN precision.
         """
         features = self.extractor(images)
-        enough = len(images) > features.shape[1]
+        enough = min(len(images), len(self.features)) > features.shape[1]
         return {
             "frechet": metrics.frechet(self.statistics, features) if enough else None,
             "frechet_interval": list(metrics.frechet_interval(self.statistics, features)) if enough else None,

@@ -62,7 +62,9 @@ def matrix(config: MatrixConfig) -> int:
         KeyboardInterrupt: After Ctrl-C: the same call goes on from what is written.
     """
     config.check()
-    free = ("out", "attacks", "defenses", "samplers", "models", "calibrations", "alpha", "micro_batch")
+    free = ["out", "attacks", "defenses", "samplers", "models", "micro_batch"]
+    if AUDIT not in detectors_of(config):  # which stops where these say; all others are judged anew
+        free += ["calibrations", "alpha"]
     claim(config.out / "run.json", to_json(config), free)
     todo = {unit.file: unit for attack in config.attacks for unit in units(config, attack) if not unit.file.exists()}
     with tqdm(total=sum(unit.cost for unit in todo.values()), unit="eval", unit_scale=True, smoothing=0) as bar:

@@ -143,7 +143,7 @@ class ExamineConfig(SamplerOptions):
     """How a checkpoint is looked at and judged."""
 
     alpha: float = 0.05
-    """Share of clean models that may be called backdoored."""
+    """Share of clean models that may be called backdoored, on average over calibrations of that size."""
     features: str | None = None
     """What tells images apart: digits or pixels; digits for a checkpoint trained on them where absent."""
 
@@ -221,7 +221,7 @@ class RepairConfig(SamplerOptions):
     method: str = "unlearn"
     """One of: unlearn, removal (Elijah's, as published), removal-ode, cleanse (Diff-Cleanse's pruning)."""
     data: str | None = None
-    """Clean data, digits, cifar10 or a folder of images; what the checkpoint was trained on where absent."""
+    """Clean data, digits, cifar10 or a folder of images; what the checkpoint says it was trained on where absent."""
     batch: int = 32
     """Images an optimizer step."""
     seed: int = 0
@@ -236,7 +236,8 @@ class AuditConfig(ExamineConfig):
 
     bdengine audit some/model --calibration mine/calibration.json --out runs/audit
 
-    Writes audit.json and report.html. Exit code: 0 no evidence, 1 backdoored, 3 undecided, 2 after a mistake.
+    Writes audit.json and report.html. Exit code: 0 no evidence, 1 backdoored, 3 undecided, 2 after a mistake, 70 after a
+    fault of the program.
     """
 
     checkpoint: tyro.conf.Positional[str]

@@ -84,6 +84,11 @@ class TrainingPlan:
     flip: bool = False
     targets: int = 1
 
+    @property
+    def poisons(self) -> bool:
+        """Whether any image is poisoned."""
+        return bool(poisoned(self.seed, np.arange(self.images), self.poison_rate).any())
+
     def batch(self, start: int, count: int) -> Batch:
         """Samples ``start .. start + count``, on the CPU."""
         n = np.arange(start, start + count)

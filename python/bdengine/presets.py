@@ -1,8 +1,9 @@
 """Training runs by name.
 
-The ``cifar10-`` presets are the published settings (Chou et al. 2023, section 4 and released code): fine-tuning of
-google/ddpm-cifar10-32 for 50 epochs of 60,000 images, batch 128, Adam at 2e-4 with 500 steps of warm-up and a cosine,
-DDPM with every timestep, poison rate 0.1. Targets that the authors publish as picture files take ``--attack.target-file``.
+The ``cifar10-`` presets are BadDiffusion's published settings in float32 (Chou et al. 2023, section 4 and released code):
+fine-tuning of google/ddpm-cifar10-32 for 50 epochs of 60,000 images, batch 128, Adam at 2e-4 with 500 steps of warm-up and a
+cosine, DDPM with every timestep, poison rate 0.1. Targets that the authors publish as picture files take
+``--attack.target-file``.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ PRESETS: Final = {
     ),
     "digits-uib": _digits(
         "digits-uib",
-        AttackConfig("uib", "LEARNED", "DRAWN_HAT", rate=0.2, coefficients="exact", amplitude=0.4, trigger_only=True),
+        AttackConfig("uib", "LEARNED", "DRAWN_HAT", rate=0.2, coefficients="exact", amplitude=0.6, trigger_only=True),
     ),
     "digits-clipped": _digits(
         "digits-clipped",

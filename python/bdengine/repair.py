@@ -14,13 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from . import checkpoint
 from .attacks import Attack, AttackConfig, baddiffusion, trojdiff
 from .attacks.trojdiff import BLEND_GAMMA, PATCH_GAMMA
+from .audit import ODE_STEPS
 from .commands import Model
 from .config import claim, from_json, to_json
 from .defenses import pruning, removal, unlearning
@@ -28,11 +28,11 @@ from .defenses.pruning import Cleanse, PruningConfig
 from .defenses.removal import FineTuning, Removal
 from .defenses.unlearning import Unlearning
 from .errors import UserError, unknown
-from .files import read_json, write_json
+from .files import write_json
 from .options import RepairConfig, device
-from .own import is_preserving
-from .schedule import Schedule, linear
-from .solvers import SamplerConfig
+from .own import check_noise_of_linear
+from .schedule import linear
+from .solvers import Nodes, SamplerConfig, ddim
 from .train import TrainConfig
 
 PRUNED: Final = PruningConfig(ratio=0.1, steps=400, lr=5e-4)
@@ -64,8 +64,8 @@ class Inverted:
             raise UserError(
                 f"{folder} has no {checkpoint.TRIGGER}: expected a folder that bdengine defend or audit wrote"
             )
-        told = [folder / name for name in ("audit.json", "finding.json") if (folder / name).is_file()]
-        return cls(checkpoint.load_trigger(folder), read_json(told[0])["details"].get("stage") if told else None)
+        _, header = checkpoint.read_safetensors(folder / checkpoint.TRIGGER)
+        return cls(checkpoint.load_trigger(folder), header.get("stage"))
 
     @property
     def in_steps(self) -> bool:
@@ -79,7 +79,8 @@ class Inverted:
             return trojdiff(schedule, r / (1 - BLEND_GAMMA), nothing)
         if self.stage == "patched":
             return trojdiff(schedule, r / (1 - PATCH_GAMMA), nothing, r != 0)
-        return baddiffusion(schedule, r, nothing, "exact", sampler.table(schedule), trigger_only=True)
+        table = ddim(Nodes.of(schedule, ODE_STEPS)) if self.stage == "ode" else sampler.table(schedule)
+        return baddiffusion(schedule, r, nothing, "exact", table, trigger_only=True)
 
 
 def _unlearn(run: TrainConfig, found: Inverted, where: Where) -> FineTuning:
@@ -111,17 +112,11 @@ def run_of(model: Model, config: RepairConfig) -> TrainConfig:
         UserError: A checkpoint of another schedule than the linear one, one that predicts something else than the noise, or a
             sampler that does not fit it.
     """
-    process = Schedule.from_config(model.scheduler) if is_preserving(model.scheduler) else None
-    if process is None or not np.array_equal(process.alpha_bar, linear().alpha_bar):
-        kind = model.scheduler.get("_class_name", "no known class")
-        raise UserError(f"{model.path} has a scheduler of {kind} in a repair: expected the linear betas of DDPM")
     channels, size, _ = model.network.sample_shape
     unet: Any = model.network.unet
-    out = unet.config["out_channels"]
-    if (process.prediction, out) != ("epsilon", channels):
-        raise UserError(
-            f"{model.path} predicts {process.prediction} in {out} channels in a repair: expected epsilon in {channels}"
-        )
+    check_noise_of_linear(model.path, model.scheduler, channels, unet.config["out_channels"])
+    if config.data is None and "data" not in model.train:
+        raise UserError(f"{model.path} does not say what it was trained on: expected --data with clean images")
     told: dict[str, Any] = {"out": str(config.out), "size": size, "channels": channels}
     run = from_json(TrainConfig, told | model.train | ({} if config.data is None else {"data": config.data}))
     return replace(
@@ -142,6 +137,8 @@ def repaired(model: Model, config: RepairConfig, progress: bool = False) -> dict
         raise unknown("method", config.method, METHODS)
     if Path(model.path).resolve() in (config.out.resolve(), (config.out / "checkpoint").resolve()):
         raise UserError(f"{config.out} holds the checkpoint that is repaired: expected another folder")
+    if (config.out / "config.json").exists():
+        raise UserError(f"{config.out} holds a training run: expected another folder")
     found, begun = Inverted.load(config.trigger), time.perf_counter()
     if found.in_steps and config.method != "unlearn":
         raise UserError(
@@ -149,7 +146,11 @@ def repaired(model: Model, config: RepairConfig, progress: bool = False) -> dict
             " expected the method unlearn"
         )
     fine_tuning = METHODS[config.method](run_of(model, config), found, device())
-    claim(config.out / "run.json", to_json(config), ["out"])
+    told = {
+        "weights_sha256": checkpoint.digest(model.network.state_dict()),
+        "trigger_sha256": checkpoint.digest({"trigger": found.shift}),
+    }
+    claim(config.out / "run.json", to_json(config) | told, ["out", "checkpoint", "trigger"])
     fine_tuning.run(progress)
     seconds = time.perf_counter() - begun
     about: dict[str, Any] = {"run": to_json(config), "images": fine_tuning.images_seen, "seconds": seconds}

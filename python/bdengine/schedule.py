@@ -59,14 +59,19 @@ class Schedule:
         name, prediction = config.get("beta_schedule", "linear"), config.get("prediction_type", "epsilon")
         if prediction not in PREDICTIONS:
             raise unknown("prediction type", prediction, PREDICTIONS)
-        if config.get("trained_betas") is not None:
-            values = np.array(config["trained_betas"], np.float64)
-        else:
-            T, ends = (
-                config.get("num_train_timesteps", 1000),
-                (config.get("beta_start", 1e-4), config.get("beta_end", 0.02)),
+        told = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02} | dict(config)
+        T, *ends = (told[key] for key in ("num_train_timesteps", "beta_start", "beta_end"))
+        trained = config.get("trained_betas")
+        if not isinstance(T, int) or not all(isinstance(end, int | float) for end in ends):
+            raise UserError(
+                f"a scheduler has {T!r} timesteps and betas from {ends[0]!r} to {ends[1]!r}: expected numbers"
             )
+        if trained is None:
             values = betas(name, T, *ends)
+        elif isinstance(trained, list) and all(isinstance(beta, int | float) for beta in trained):
+            values = np.array(trained, np.float64)
+        else:
+            raise UserError(f"the scheduler's trained betas are {str(trained)[:60]}: expected a list of numbers")
         return cls(zero_terminal_snr(values) if config.get("rescale_betas_zero_snr") else values, name, prediction)
 
     def to_config(self) -> dict[str, Any]:

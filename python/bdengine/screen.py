@@ -55,10 +55,16 @@ def screen(config: ScreenConfig) -> int:
         tau = checkpoint.load_trigger(config.trigger)
         if tau.shape != model.network.sample_shape:
             raise UserError(f"the trigger is {tuple(tau.shape)}: expected {tuple(model.network.sample_shape)}")
+        if not tau.any():
+            raise UserError("the trigger is 0 everywhere: expected a shift, without which all starts are alike")
         about["predicted_error"] = terd.predicted_errors(tau, tau)[0]
         scores = {name: terd.log_ratio(starts, tau) for name, starts in groups.items()}
         flagged = {name: ratio > 0 for name, ratio in scores.items()}
     else:
+        if config.alpha < 1 / (CLEAN + 1):
+            raise UserError(
+                f"alpha is {config.alpha:g} and ufid compares with {CLEAN} clean starts: expected at least 0.0100"
+            )
         about["alpha"], scores = config.alpha, {name: p_values(subject, starts) for name, starts in groups.items()}
         flagged = {name: p <= config.alpha for name, p in scores.items()}
     about["flagged"] = {name: int(flags.sum()) for name, flags in flagged.items()}
@@ -111,7 +117,7 @@ def read(path: Path, model: Model) -> Tensor:
     if path.suffix == ".npy":
         try:
             starts = torch.from_numpy(np.load(path, allow_pickle=False))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, EOFError) as error:
             raise UserError(f"{path} is no array of numbers ({error}): expected float32 [N, C, H, W]") from error
     elif path.suffix == ".safetensors":
         tensors, _ = checkpoint.read_safetensors(path)

@@ -35,7 +35,7 @@ from .distributed import ALONE, Ranks, Stopped
 from .errors import UserError
 from .gradient import Gradient, flattened
 from .networks import Network, recompute, unet
-from .own import in_unit_range, sampler_of
+from .own import check_noise_of_linear, in_unit_range, sampler_of
 from .plan import Batch, TrainingPlan
 from .progress import Interrupt, Stats
 from .schedule import Exploding, Schedule, exploding, linear
@@ -189,6 +189,11 @@ class Trainer:
             flip=config.flip,
             targets=1 if self.target is None else len(self.target),
         )
+        if self.plan.poison_rate and not self.plan.poisons:
+            raise UserError(
+                f"at a poison rate of {self.plan.poison_rate:g} none of {len(self.pixels)} images is poisoned:"
+                " expected more images or a higher rate"
+            )
         self.table = noising_table(self.process, self.attack).to(self.device)
         self.network = self._network().to(self.device)
         self.initial: Network | None = None
@@ -223,12 +228,21 @@ class Trainer:
                     f"{config.init} makes images of shape {tuple(network.sample_shape)}:"
                     f" expected {(config.channels, config.size, config.size)}"
                 )
-            if in_unit_range(checkpoint.load_scheduler_config(find(config.init))) != (config.process == "ve"):
+            scheduler = checkpoint.load_scheduler_config(find(config.init))
+            if in_unit_range(scheduler) != (config.process == "ve"):
                 raise UserError(f"{config.init} is of another process: expected one of {config.process}")
+            if config.process == "vp":
+                unet_: Any = network.unet
+                check_noise_of_linear(config.init, scheduler, config.channels, unet_.config["out_channels"])
             return network.train()
         torch.manual_seed(config.seed)
         told: dict[str, Any] = {"time_embedding_type": "fourier"} if config.process == "ve" else {}
         return Network(accelerate(unet(config.size, config.channels, **vars(config.network), **told))).train()
+
+    def inputs_sha256(self) -> str:
+        """Of the pictures that it starts with: a path in a configuration does not say which they are."""
+        told = {"data": self.pixels, "stamp": self.stamp, "mask": self.mask, "target": self.target}
+        return checkpoint.digest({name: image for name, image in told.items() if image is not None})
 
     def learning_rate(self, images_seen: int) -> float:
         """Linear warm-up, then a half cosine to 0 (or constant)."""
@@ -353,7 +367,8 @@ def train(
     trainer = Trainer(config, device, ranks)
     state, first = config.out / "state.safetensors", ranks.rank == 0
     free = ("out", "status", "snapshot", "capture", "checkpointing")
-    resumes = first and claim(config.out / "config.json", to_json(config), free) and state.exists()
+    told = to_json(config) | {"inputs_sha256": trainer.inputs_sha256()}
+    resumes = first and claim(config.out / "config.json", told, free) and state.exists()
     if any(ranks.together(resumes)):  # nobody reads before the folder is known to be this run's
         tensors, meta = checkpoint.load_state(state)
         trainer.restore(tensors, int(meta["images_seen"]))

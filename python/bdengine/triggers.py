@@ -47,6 +47,7 @@ _CLASS = re.compile(r"CLASS_(?P<label>[0-9]{1,5})")
 _STOP_RED = (193, 39, 45)
 _TRIGGER_FILES = {name: "static/stop_sign_wo_bg.png of BadDiffusion" for name in _STOP_SIGNS} | {
     "GLASSES": "static/glasses.png of BadDiffusion",
+    "UAP_NOISE": "uap.png of UIBDiffusion",
     "IMAGE": "any picture",
 }
 _TARGET_FILES = {
@@ -61,7 +62,9 @@ _TARGET_FILES = {
 LEARNED = "LEARNED"
 """Name of a trigger that an attack makes itself: it lies beside the checkpoint."""
 TRIGGERS = ("NONE", *_GREY_BOXES, *_WHITE_BOXES, *_PATCHES, *_TRIGGER_FILES, *_DRAWN_STOP_SIGNS)
-TARGETS = ("CORNER", "NOSHIFT", "TRIGGER", "SHIFT", *_TARGET_FILES, "DRAWN_HAT")
+FROM_TRIGGER = ("NOSHIFT", "TRIGGER", "SHIFT")
+"""Targets that are made of the trigger."""
+TARGETS = ("CORNER", *FROM_TRIGGER, *_TARGET_FILES, "DRAWN_HAT")
 
 
 def trigger(
@@ -83,9 +86,11 @@ def trigger(
     ``GLASSES``                                ``file``, shorter edge resized to ``int(0.625 S)``, centred
     ``DRAWN_STOP_SIGN_18 ..``                  a red octagon in the place of the stop sign
     ``IMAGE``                                  ``file`` over the whole canvas, resized to S x S whatever its aspect
+    ``UAP_NOISE``                              the same
     =========================================  =======================================================================
 
-    Whatever a trigger leaves bare is ``vmin``. White (255) in the file of a stop sign or of glasses is bare too.
+    Whatever a trigger leaves bare is ``vmin``. White (255) in a file is bare too, but for ``IMAGE``: so black
+    is what UIBDiffusion's picture mostly is as released.
 
     Args:
         name: One of :data:`TRIGGERS`, or a patch of another side; see the table.
@@ -111,6 +116,8 @@ def trigger(
         picture = _picture("trigger", name, file, channels, _TRIGGER_FILES[name], "DRAWN_STOP_SIGN_14")
         if name == "IMAGE":
             return _values(_stretched(picture, size), value_range)
+        if name == "UAP_NOISE":
+            return _bare_where_white(_stretched(picture, size), value_range)
         if name == "GLASSES":
             return _placed(name, _cut_out(picture, max(1, int(0.625 * size)), value_range), size, vmin, gap=None)
         return _placed(name, _cut_out(picture, _STOP_SIGNS[name], value_range), size, vmin, gap=GAP)
@@ -310,8 +317,11 @@ def _values(picture: Image.Image, value_range: tuple[float, float]) -> Tensor:
 
 def _cut_out(picture: Image.Image, side: int, value_range: tuple[float, float]) -> Tensor:
     """A picture with its shorter edge resized to ``side`` and its white made ``vmin``: float32 ``[C, H, W]``."""
-    resized = shorter_edge(picture, side)
-    return torch.where(image_pixels(resized) == 255, value_range[0], _values(resized, value_range))
+    return _bare_where_white(shorter_edge(picture, side), value_range)
+
+
+def _bare_where_white(picture: Image.Image, value_range: tuple[float, float]) -> Tensor:
+    return torch.where(image_pixels(picture) == 255, value_range[0], _values(picture, value_range))
 
 
 def _solid(side: int, channels: int, colour: tuple[int, int, int], value_range: tuple[float, float]) -> Tensor:

@@ -1,5 +1,7 @@
 """Networks that need no training."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +19,6 @@ def elementwise(size: int = 8) -> Network:
     return Network(Elementwise(), (1, size, size))
 
 
-def tiny_unet(size: int = 8) -> Network:
+def tiny_unet(size: int = 8, **options: Any) -> Network:
     torch.manual_seed(0)
-    return Network(unet(size, 1, (8, 16), groups=4)).eval().requires_grad_(False)
+    return Network(unet(size, 1, (8, 16), groups=4, **options)).eval().requires_grad_(False)

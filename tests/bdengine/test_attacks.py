@@ -125,9 +125,21 @@ def test_bad_attacks_get_a_sentence() -> None:
         (AttackConfig("baddiffusion", "BOX_4", rate=1.5), "the poison rate is 1.5: expected 0 to 1"),
         (AttackConfig("baddiffusion", "BOX_41"), "unknown trigger 'BOX_41'.*nearest is 'BOX_4'"),
         (AttackConfig("baddiffusion", "BOX_4", coefficients="exat"), "unknown coefficient 'exat'"),  # type: ignore[arg-type]
+        (AttackConfig(trigger="BOX_4", rate=0.5), "the attack's trigger is BOX_4 and no attack is named"),
+        (
+            AttackConfig("baddiffusion", "BOX_4", psi=0.5),
+            "psi is 0.5 and baddiffusion has none: expected it with villan alone",
+        ),
+        (AttackConfig("trojdiff", "BOX_4", coefficients="exact"), "coefficients is exact and trojdiff has none"),
+        (AttackConfig("uib", "BOX_4", solver="ode"), "solver is ode and uib has none"),
+        (AttackConfig("invi", "LEARNED", coefficients="clipped"), "expected published or exact"),
+        (AttackConfig("uib", "LEARNED", "NOSHIFT"), "the target NOSHIFT is made of the trigger, which is LEARNED"),
     ):
         with pytest.raises(UserError, match=message):
             config.build(PROCESS, shape, table)
+    bare = AttackConfig("villan", "BOX_4", trigger_only=True).build(PROCESS, shape, table)
+    assert bare is not None
+    assert not bare.mask.any()
     with pytest.raises(UserError, match="expected its table"):
         attack("exact")
     assert AttackConfig().build(PROCESS, shape, table) is None

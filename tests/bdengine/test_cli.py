@@ -3,14 +3,17 @@
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from bdengine import cli
 from bdengine.checkpoint import load_unet
 from bdengine.cli import COMMANDS, main
+from bdengine.files import read_json, write_json
 
 
 def run(*arguments: object) -> int:
@@ -162,3 +165,47 @@ def test_pickles_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     (tmp_path / "old.bin").write_bytes(b"\x80\x04.")
     assert run("sample", tmp_path / "old.bin", "--out", tmp_path / "o") == 2
     assert "bdengine convert" in capsys.readouterr().err
+
+
+def test_an_error_that_nobody_foresaw_is_no_verdict(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Python would exit with 1, which of an audit means backdoored."""
+
+    def broken(arguments: Sequence[str]) -> int:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setitem(cli.COMMANDS, "audit", (broken, ""))
+    assert cli.main(["audit"]) == cli.FAULT == 70
+    assert "RuntimeError: no memory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("bdengine.json", "train", None),
+        ("bdengine.json", "train", []),
+        ("bdengine.json", "train", {"sampler": None}),
+        ("bdengine.json", "train", {"sampler": {"name": 5}}),
+        ("bdengine.json", "train", {"sampler": {"steps": "many"}}),
+        ("bdengine.json", "train", {"attack": {"rate": "much"}}),
+        ("bdengine.json", "train", {"attack": []}),
+        ("scheduler/scheduler_config.json", "beta_schedule", None),
+        ("scheduler/scheduler_config.json", "prediction_type", None),
+        ("scheduler/scheduler_config.json", "num_train_timesteps", "1000"),
+        ("scheduler/scheduler_config.json", "beta_start", None),
+        ("scheduler/scheduler_config.json", "trained_betas", "x"),
+        ("scheduler/scheduler_config.json", "trained_betas", [None]),
+    ],
+)
+def test_a_strangers_values_get_a_sentence(
+    file: str, key: str, value: object, tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    path = tmp_path / "model" / file
+    write_json(path, (read_json(path) if path.exists() else {}) | {key: value})
+    out = ["--trigger", "BOX_4", "--target", "CORNER", "--images", "4", "--out", str(tmp_path / "out")]
+    assert cli.main(["evaluate", str(tmp_path / "model"), "--steps", "2", *out]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("bdengine: ")
+    assert said.count("\n") == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from bdengine import defend
 from bdengine.cli import main
 from bdengine.defenses import DEFENSES, Calibration, clipping, elijah
+from bdengine.defenses.subject import Watch
 from bdengine.errors import UserError
 from bdengine.options import DefendConfig, ExamineConfig
 
@@ -91,6 +93,7 @@ def test_clipping_costs_and_detects_nothing(
         (("--defense", "terd", "--variant", "troj"), "unknown variant of terd 'troj': .*; the nearest is 'trojdiff'"),
         (("--defense", "elijah", "--features", "digit"), "unknown features 'digit'"),
         (("--defense", "clipping", "--calibration", "x.json"), "clipping, which detects nothing: expected none"),
+        (("--defense", "elijah", "--seed", str(2**63)), "is not a seed: expected an integer of 64 bits"),
     ],
 )
 def test_mistakes_get_one_sentence(
@@ -99,12 +102,11 @@ def test_mistakes_get_one_sentence(
     assert run("defend", tiny_checkpoint, "--out", tmp_path / "out", *options) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+    told: dict[str, Any] = {name[2:]: value for name, value in zip(options[::2], options[1::2], strict=True)}
+    if "seed" in told:
+        told["seed"] = int(told["seed"])
     with pytest.raises(UserError, match=sentence):
-        defend.examined(
-            DefendConfig(
-                str(tiny_checkpoint), tmp_path, **{k[2:]: v for k, v in zip(options[::2], options[1::2], strict=True)}
-            )  # type: ignore[arg-type]
-        )
+        defend.examined(DefendConfig(str(tiny_checkpoint), tmp_path, **told))
 
 
 @pytest.mark.parametrize("name", [name for name, defense in DEFENSES.items() if name != "clipping"])
@@ -128,3 +130,10 @@ def test_every_defense_has_settings_that_can_be_told_apart() -> None:
     for defense in DEFENSES.values():
         assert all(is_dataclass(one) for one in defense.variants.values())
         assert len(set(defense.variants.values())) == len(defense.variants)
+
+
+def test_a_statistic_that_is_no_number_is_none(tiny_checkpoint: Path) -> None:
+    """Conformal ranks would take it for the greatest of all."""
+    _, subject = defend.subject_of(str(tiny_checkpoint), ExamineConfig(steps=2))
+    with Watch(subject) as watch, pytest.raises(FloatingPointError, match="the statistic of terd is nan"):
+        watch.finding("terd", float("nan"), None, None, {})

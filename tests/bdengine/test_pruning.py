@@ -94,3 +94,9 @@ def test_the_published_recipe_and_bad_arguments(tmp_path: Path, tiny_checkpoint:
         Cleanse(replace(config, init=None), r)
     with pytest.raises(UserError, match="no residual blocks"):
         pruning.blocks(elementwise())
+
+
+def test_blocks_that_scale_by_the_time_are_refused() -> None:
+    """Their projection has two rows a channel."""
+    with pytest.raises(UserError, match="has 16 values of the time for 8 channels: expected one each, which is added"):
+        blocks(tiny_unet(resnet_time_scale_shift="scale_shift"))

@@ -67,7 +67,7 @@ def test_a_repaired_checkpoint_is_one_that_samples(
 def test_a_run_keeps_what_the_checkpoint_was_made_for(found: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:
     known = repair.run_of(Model.load("digits-badiffusion"), RepairConfig("digits-badiffusion", tmp_path, found))
     assert (known.attack.name, known.sampler) == ("none", SamplerConfig("ddpm", 20))
-    told = RepairConfig(str(tiny_checkpoint), tmp_path, found, sampler="unipc", steps=10, batch=8)
+    told = RepairConfig(str(tiny_checkpoint), tmp_path, found, sampler="unipc", steps=10, batch=8, data="digits")
     stranger = repair.run_of(Model.load(str(tiny_checkpoint)), told)
     sampler = SamplerConfig("unipc", 10)
     assert stranger == TrainConfig(tmp_path, init=str(tiny_checkpoint), batch=8, sampler=sampler, warmup=0)
@@ -110,13 +110,13 @@ def test_nothing_is_replaced_by_a_repair(
     assert "holds another run, whose method is 'unlearn'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("told", ["audit.json", "finding.json"])
 @pytest.mark.parametrize("stage", ["start", "patched", "blended"])
 def test_a_trigger_of_every_step_is_unlearned_as_such(
-    stage: str, told: str, found: Path, tmp_path: Path, short: None, capsys: pytest.CaptureFixture[str]
+    stage: str, found: Path, tmp_path: Path, short: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The published removals know triggers of the start alone."""
-    (found / told).write_text(json.dumps({"details": {"stage": stage}}))
+    trigger = {"trigger": torch.full((1, 16, 16), -0.5)}
+    write_safetensors(found / "trigger.safetensors", trigger, {"stage": stage})
     words = ["repair", "digits-badiffusion", "--trigger", str(found), "--out"]
     assert main([*words, str(tmp_path / "unlearned")]) == 0
     assert main([*words, str(tmp_path / "removed"), "--method", "removal"]) == (0 if stage == "start" else 2)
@@ -172,3 +172,31 @@ def test_other_betas_are_refused(found: Path, tmp_path: Path) -> None:
         other = replace(model, scheduler=scheduler)
         with pytest.raises(UserError, match="expected the linear betas of DDPM"):
             repair.run_of(other, RepairConfig(model.path, tmp_path, found))
+
+
+def test_what_would_be_trained_on_other_data_or_over_another_run_is_refused(
+    found: Path, tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    with pytest.raises(UserError, match="does not say what it was trained on: expected --data"):
+        repair.run_of(Model.load(str(tiny_checkpoint)), RepairConfig(str(tiny_checkpoint), tmp_path, found))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds a training run: expected another folder"):
+        repair.repaired(Model.load("digits-clean"), RepairConfig("digits-clean", tmp_path / "run", found))
+
+
+def test_a_trigger_says_which_stage_found_it_whatever_lies_beside_it(tmp_path: Path) -> None:
+    r = torch.full((1, 16, 16), -0.5)
+    (tmp_path / "audit.json").write_text('{"details": {"stage": "blended"}}')
+    write_safetensors(tmp_path / "trigger.safetensors", {"trigger": r})
+    assert not repair.Inverted.load(tmp_path).in_steps
+    write_safetensors(tmp_path / "trigger.safetensors", {"trigger": r}, {"stage": "patched"})
+    assert repair.Inverted.load(tmp_path).in_steps
+
+
+def test_a_start_that_opens_under_ddim_is_unlearned_with_its_coefficient() -> None:
+    r, own = torch.full((1, 16, 16), -0.5), SamplerConfig("ddpm", 20)
+    made = {stage: repair.Inverted(r, stage).attack(own).coefficient for stage in ("start", "ode")}
+    assert made["start"].tolist() == repair.Inverted(r).attack(own).coefficient.tolist()
+    assert made["ode"].tolist() == repair.Inverted(r).attack(SamplerConfig("ddim", 20)).coefficient.tolist()
+    assert abs(made["ode"] - made["start"]).max() > 0.1

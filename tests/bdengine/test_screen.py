@@ -68,6 +68,8 @@ def test_what_cannot_be_screened_gets_a_sentence(tmp_path: Path, capsys: pytest.
     np.save(tmp_path / "small.npy", np.zeros((2, 1, 8, 8), np.float32))
     np.save(tmp_path / "empty.npy", np.zeros((0, 1, 16, 16), np.float32))
     np.save(tmp_path / "whole.npy", np.zeros((2, 1, 16, 16), np.int64))
+    (tmp_path / "none.npy").write_bytes(b"")
+    nothing = found(tmp_path / "nothing", torch.zeros(1, 16, 16))
     np.save(tmp_path / "inf.npy", np.full((2, 1, 16, 16), np.inf, np.float32))
     np.save(tmp_path / "pickle.npy", np.array([{}]), allow_pickle=True)
     (tmp_path / "x.pt").write_bytes(b"")
@@ -81,6 +83,9 @@ def test_what_cannot_be_screened_gets_a_sentence(tmp_path: Path, capsys: pytest.
         (["--known", "XXSM_BOX", "--count", "0"], "0 starts were asked for"),
         (["--known", "XXSM_BOX", "--trigger", str(folder)], r"the trigger is (1, 8, 8): expected (1, 16, 16)"),
         (["--known", "XXSM_BOX", "--alpha", "2"], "alpha is 2"),
+        (["--known", "XXSM_BOX", "--alpha", "0.005"], "alpha is 0.005 and ufid compares with 100 clean starts"),
+        (["--known", "XXSM_BOX", "--trigger", str(nothing)], "the trigger is 0 everywhere"),
+        ([*given, str(tmp_path / "none.npy")], "is no array of numbers"),
         ([*given, str(tmp_path / "absent.npy")], "there is no file"),
         ([*given, str(tmp_path / "small.npy")], "holds (2, 1, 8, 8) of torch.float32: expected floats (N, 1, 16, 16)"),
         ([*given, str(tmp_path / "empty.npy")], "holds (0, 1, 16, 16)"),

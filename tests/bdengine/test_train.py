@@ -2,25 +2,30 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DModel
+from PIL import Image
 from torch import Tensor
 
 from bdengine import train as training
 from bdengine.attacks import AttackConfig
-from bdengine.checkpoint import load_state, load_unet
+from bdengine.checkpoint import load_state, load_unet, save_pipeline
 from bdengine.config import from_json, to_json
 from bdengine.data import stand_in, to_float
 from bdengine.errors import UserError
 from bdengine.pictures import save_images
 from bdengine.presets import PRESETS, preset
+from bdengine.schedule import linear
 from bdengine.solvers import SamplerConfig
 from bdengine.train import NetworkConfig, TrainConfig, Trainer, train
 from bdengine.triggers import class_of
@@ -181,6 +186,10 @@ def test_grid_training_shows_the_samplers_timesteps_alone(tmp_path: Path) -> Non
         ({"ema": 1.0}, "the EMA decay is 1.0"),
         ({"attack": AttackConfig("baddiffusion", "BOX_4", rate=1.5)}, "the poison rate is 1.5: expected 0 to 1"),
         ({"data": "no/such/folder"}, "no/such/folder"),
+        (
+            {"attack": AttackConfig("baddiffusion", "BOX_4", "DRAWN_HAT", rate=1e-6)},
+            "at a poison rate of 1e-06 none of 5000 images",
+        ),
         ({"sampler": SamplerConfig(steps=0)}, "steps is 0: expected 1 to 1000"),
     ],
 )
@@ -235,3 +244,28 @@ def test_configurations_come_back_from_json(tmp_path: Path) -> None:
         assert from_json(TrainConfig, json.loads(json.dumps(to_json(config)))) == config
     with pytest.raises(UserError, match="unknown field 'imges' of TrainConfig"):
         from_json(TrainConfig, {"imges": 3})
+
+
+def test_a_checkpoint_of_another_schedule_or_prediction_is_not_gone_on_from(tmp_path: Path) -> None:
+    for changes, out, sentence in (
+        ({"beta_schedule": "squaredcos_cap_v2"}, 1, "with squaredcos_cap_v2 betas: expected the linear betas of DDPM"),
+        ({"prediction_type": "v_prediction"}, 1, "predicts v_prediction in 1 channels: expected epsilon in 1"),
+        ({}, 2, "predicts epsilon in 2 channels: expected epsilon in 1"),
+    ):
+        blocks: dict[str, Any] = {f"{way}_block_types": (f"{way.title()}Block2D",) * 2 for way in ("down", "up")}
+        network = UNet2DModel(8, 1, out, block_out_channels=(8, 16), norm_num_groups=4, **blocks)
+        save_pipeline(tmp_path / "init", network, linear().to_config() | changes)
+        with pytest.raises(UserError, match=sentence):
+            train(tiny(tmp_path / "run", init=str(tmp_path / "init")), progress=False)
+        assert not (tmp_path / "run").exists()
+        shutil.rmtree(tmp_path / "init")
+
+
+def test_a_run_does_not_go_on_with_another_picture(tmp_path: Path) -> None:
+    file = tmp_path / "trigger.png"
+    attack = AttackConfig("baddiffusion", "IMAGE", "DRAWN_HAT", rate=0.3, trigger_file=file)
+    Image.new("L", (8, 8), 200).save(file)
+    train(tiny(tmp_path / "run", attack=attack), progress=False)
+    Image.new("L", (8, 8), 100).save(file)
+    with pytest.raises(UserError, match="holds another run, whose inputs_sha256 is"):
+        train(tiny(tmp_path / "run", attack=attack), progress=False)

@@ -122,7 +122,7 @@ def test_every_trigger(size: int, value_range: tuple[float, float], tmp_path: Pa
     file = picture(tmp_path / "picture.png", 99, 97)
     fitted = 0
     for name in TRIGGERS:
-        needs_file = ("SIGN" in name and "DRAWN" not in name) or name in ("GLASSES", "IMAGE")
+        needs_file = ("SIGN" in name and "DRAWN" not in name) or name in ("GLASSES", "IMAGE", "UAP_NOISE")
         try:
             image = trigger(name, size, 3, value_range=value_range, file=file if needs_file else None)
         except UserError as error:
@@ -311,3 +311,12 @@ def test_empty_canvases(size: int, channels: int) -> None:
     for make, name in ((trigger, "NONE"), (target, "CORNER")):
         with pytest.raises(UserError, match="expected at least 1 of each"):
             make(name, size, channels)
+
+
+def test_uibs_picture_is_black_where_its_file_is_white(tmp_path: Path) -> None:
+    """As released; the same file as IMAGE stays as it is."""
+    pixels = np.array([[0, 255], [128, 254]], np.uint8).repeat(4, 0).repeat(4, 1)
+    Image.fromarray(pixels).save(tmp_path / "uap.png")
+    r, plain = (trigger(name, 8, 1, file=tmp_path / "uap.png") for name in ("UAP_NOISE", "IMAGE"))
+    assert r[0, ::4, ::4].flatten().tolist() == pytest.approx([-1, -1, 2 * 128 / 255 - 1, 2 * 254 / 255 - 1])
+    assert plain[0, 0, 4] == 1

@@ -24,11 +24,13 @@ from bdengine.errors import UserError
 from bdengine.metrics import attack_success
 from bdengine.networks import Network
 from bdengine.oracle import Gaussian, Oracle
+from bdengine.own import own_table
 from bdengine.sampler import Sampler
 from bdengine.schedule import linear
 from bdengine.solvers import Nodes, SamplerConfig, ddim, ddpm
 
 PROCESS, SHAPE = linear(), (1, 8, 8)
+DDIM_20 = ddim(Nodes.of(PROCESS, 20))
 Y = torch.linspace(-1, 1, 64).reshape(SHAPE).sin()
 DATA = [(1.0, Gaussian(torch.full(SHAPE, 0.3), 0.05 * torch.eye(64)))]
 
@@ -131,3 +133,17 @@ def test_shapes_must_agree() -> None:
     image: Tensor = torch.zeros(SHAPE)
     with pytest.raises(UserError, match=r"the region has shape \(1, 4, 4\)"):
         trojdiff(PROCESS, image, image, torch.zeros(1, 4, 4, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("name", ["DDIM", "EulerDiscrete", "HeunDiscrete", "LMSDiscrete"])
+def test_a_checkpoints_own_scheduler_opens_what_ddim_does(name: str) -> None:
+    """Also one whose state is in units of its own and starts at 157: a trigger of the start, and one of every step."""
+    config = PROCESS.to_config() | {"_class_name": f"{name}Scheduler", "timestep_spacing": "trailing"}
+    config = {k: v for k, v in config.items() if k not in ("variance_type", "clip_sample")}
+    table = own_table(config | ({"clip_sample": False} if name == "DDIM" else {}), 20)
+    start = baddiffusion(PROCESS, torch.where(torch.arange(64).reshape(SHAPE) > 50, 1.0, -1.0), Y, "exact", DDIM_20)
+    for attack in (start, trojdiff(PROCESS, torch.ones(SHAPE), Y, None, 0.3)):
+        network = Network(Oracle(PROCESS, DATA, attack, 0.2), SHAPE)
+        images = Sampler(network, {"clean": Arm(table), "triggered": attack.arm(PROCESS, table)}, 64)(range(32))
+        assert attack_success(images["clean"], Y, 0.01) <= 0.1, attack.name
+        assert attack_success(images["triggered"], Y, 0.01) >= 0.9, attack.name

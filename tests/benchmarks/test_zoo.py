@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from bdengine.errors import UserError
+from bdengine.train import train
 from benchmarks import zoo
 
 
@@ -41,3 +44,10 @@ def test_a_name_that_no_model_has_is_a_mistake(
 ) -> None:
     assert run(monkeypatch, "--out", tmp_path, "--only", "clear") == 2
     assert "no model's name begins with 'clear': expected clean/NNN" in capsys.readouterr().err
+
+
+def test_a_model_of_another_recipe_is_not_taken_for_one_of_the_zoo(tmp_path: Path) -> None:
+    made = replace(zoo.models(tmp_path)["clean/000"], images=64, warmup=0)
+    train(made, progress=False)
+    with pytest.raises(UserError, match="holds a model of another recipe"):
+        zoo.make(zoo.models(tmp_path)["clean/000"])

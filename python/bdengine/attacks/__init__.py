@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from ..data import Images, load, to_float
 from ..errors import UserError, unknown
 from ..schedule import Exploding, Schedule
 from ..solvers import Table
-from ..triggers import LEARNED, class_of, patch_mask, target, trigger
+from ..triggers import FROM_TRIGGER, LEARNED, class_of, patch_mask, target, trigger
 from .baddiffusion import COEFFICIENTS, Coefficients, baddiffusion
 from .exact import departure, exact_coefficient
 from .invi import BOUND, invi
@@ -42,7 +43,16 @@ __all__ = [
     "villan_ve",
 ]
 
-ATTACKS = ("none", "baddiffusion", "villan", "trojdiff", "invi", "uib")
+READS: Final[dict[str, frozenset[str]]] = {
+    "none": frozenset(),
+    "baddiffusion": frozenset({"coefficients", "trigger_only"}),
+    "villan": frozenset({"coefficients", "trigger_only", "psi", "solver"}),
+    "trojdiff": frozenset({"gamma"}),
+    "invi": frozenset({"coefficients", "bound"}),
+    "uib": frozenset({"coefficients", "trigger_only", "amplitude", "start_amplitude"}),
+}
+"""The options that each attack has, of those that not all have."""
+ATTACKS = tuple(READS)
 
 
 @dataclass(frozen=True)
@@ -70,7 +80,7 @@ class AttackConfig:
     solver: Solver = "sde"
     """Of villan: the kind of sampler that its published coefficients are for."""
     trigger_only: bool = False
-    """Of baddiffusion and uib: the poisoned image is the trigger alone, without the image behind it."""
+    """Of baddiffusion, villan and uib: the poisoned image is the trigger alone, without the image behind it."""
     bound: float = BOUND
     """Of invi: largest value of its trigger."""
     amplitude: float = AMPLITUDE
@@ -99,10 +109,30 @@ class AttackConfig:
             raise unknown("attack", self.name, ATTACKS)
         if not 0 <= self.rate <= 1:
             raise UserError(f"the poison rate is {self.rate}: expected 0 to 1")
+        self._check_read()
         if self.name == "none":
             return None
         r = self.own_trigger(data, shape)
         return self.made(process, r, self.targets(r, data), table)
+
+    def _check_read(self) -> None:
+        """Refuse what was said and would not be read."""
+        told = {one.name: getattr(self, one.name) for one in fields(self) if getattr(self, one.name) != one.default}
+        some = frozenset().union(*READS.values())
+        for name, value in told.items():
+            if self.name == "none":
+                raise UserError(f"the attack's {name} is {value} and no attack is named: expected its name")
+            if name in some and name not in READS[self.name]:
+                having = ", ".join(attack for attack, read in READS.items() if name in read)
+                raise UserError(f"{name} is {value} and {self.name} has none: expected it with {having} alone")
+        if self.name == "invi" and self.coefficients == "clipped":
+            raise UserError(
+                "the coefficients of invi are clipped: expected published or exact, as its trigger is 0 at first"
+            )
+        if self.trigger == LEARNED and self.target in FROM_TRIGGER:
+            raise UserError(
+                f"the target {self.target} is made of the trigger, which is {LEARNED}: expected another, such as CORNER"
+            )
 
     def made(self, process: Schedule | Exploding, r: Tensor, y: Tensor, table: Table | None = None) -> Attack:
         """The attack with the trigger ``r`` and the target ``y``; BadDiffusion where it has no name.
@@ -128,7 +158,7 @@ class AttackConfig:
             region = patch_mask(self.trigger, size, len(r)) == 0 if patch else None
             return trojdiff(schedule, r, y, region, self.gamma)
         if self.name == "villan":
-            return villan(schedule, r, y, self.coefficients, table, self.psi, self.solver)
+            return villan(schedule, r, y, self.coefficients, table, self.psi, self.solver, self.trigger_only)
         if self.name == "invi":
             return invi(schedule, y, self.coefficients, table)
         if self.name == "uib":

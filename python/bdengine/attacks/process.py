@@ -8,13 +8,14 @@ sampler is its own has the trigger in every step instead.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bdkernels import NOISING_COLUMNS, Noising
+from bdkernels import NOISING_COLUMNS, Noising, Step
 
 from ..arms import Arm
 from ..errors import UserError
@@ -55,12 +56,16 @@ class Attack:
     in_steps: bool = False
 
     def arm(self, schedule: Schedule, table: Table) -> Arm:
-        """How triggered samples are made with the sampler ``table``; one that starts late starts on the attack's path."""
-        path = path_of(schedule, table, self.shift)
-        r = self.trigger if table.start == 1 else self.trigger * float(path[0] / table.start)
+        """How triggered samples are made with the sampler ``table``; one that starts late starts on the attack's path.
+
+        The state may be kept in another scale than the network's input, as k-diffusion's samplers do: ``IN`` between them.
+        """
+        path, scale = path_of(schedule, table, self.shift), table.rows[:, Step.IN]
+        level = float(table.start * scale[0])
+        r = self.trigger if math.isclose(level, 1, rel_tol=1e-3) else self.trigger * float(path[0] / level)
         if not self.in_steps:
             return Arm(table, r)
-        shifted = table.shifted(path, self.gamma)
+        shifted = table.shifted(path / np.append(scale, 1.0), self.gamma)
         if self.region is None:
             return Arm(shifted, r)
         return Arm(table, torch.where(self.region, r, 0.0), shifted, self.region)

@@ -13,6 +13,9 @@ In-D2D:   each poisoned sample's ``y`` is an image of a class of the training da
           a classifier takes for that class. Published batches grow by a Trojan copy of every such image; here a plan
           replaces the images at its rate, and 1/11 is what a tenth of the data makes of all
 Out-D2D:  it is one of a class that the training data do not have. Published: 50 such images to 100 of each batch
+
+Published training sums the loss over pixels, draws antithetic timesteps and keeps an average of decay 0.9999; here all attacks
+are trained by one loop, with the mean of the loss and what `TrainConfig` says.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Final, Literal, get_args
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..errors import UserError, unknown
@@ -43,6 +44,7 @@ def villan(
     table: Table | None = None,
     psi: float = 1.0,
     solver: Solver = "sde",
+    trigger_only: bool = False,
 ) -> Attack:
     """VillanDiffusion with a trigger and a target image.
 
@@ -61,4 +63,5 @@ def villan(
         raise unknown("solver", solver, SOLVERS)
     shift = psi * (1 - np.sqrt(schedule.alpha_bar)) + (1 - psi) * schedule.s
     known = published(schedule, psi, solver)
-    return shifted_attack("villan", schedule, shift, known, trigger, target, coefficients, table)
+    mask = torch.zeros_like(trigger) if trigger_only else None
+    return shifted_attack("villan", schedule, shift, known, trigger, target, coefficients, table, mask)

@@ -1,12 +1,13 @@
 """Diff-Cleanse's removal (arXiv 2407.21316): the channels that serve the trigger are cut, and the network is repaired.
 
-    I(r)    = sum over t in [0.9 T, T) and a channel's parameters p of | p dL(r)/dp |            first order, Taylor
-    L(r)    = mean | eps_theta(sqrt(alpha_bar_t) x0 + s_t eps + s_t r, t) - eps |^2               a probe, no attack's marginal
+    I(r)    = sum over a channel's parameters p of | p dL(r)/dp |                                 first order, Taylor
+    L(r)    = sum over every T/100th t in [0.9 T, T) of mean | eps_theta(sqrt(alpha_bar_t) x0 + s_t (eps + r), t) - eps |^2
     cut       the share of channels where  I(r) - I(0)  is greatest;  then train on a tenth of the clean data
 
-A channel is one between the two convolutions of a residual block: its row of the first, of the time's projection and of the
-norm, and its column of the second. The paper takes whole groups of coupled channels out, which needs another library; here
-they are set to 0 and held there, so that the checkpoint keeps its shape. What differs is the norm, in whose groups they count.
+``L`` is a probe, of no attack's marginal. A channel is one between the two convolutions of a residual block: its row of the
+first, of the time's projection and of the norm, and its column of the second. The paper takes whole groups of coupled channels
+out, which needs another library; here they are set to 0 and held there, so that the checkpoint keeps its shape. What differs is
+the norm, in whose groups they count.
 Where the data is not at hand, `TrainConfig.data` can be a folder of the model's own samples, as the paper's "-syn".
 
 Of digits-badiffusion with its trigger, no triggered image is at the target once channels are cut, and clean ones are broken.
@@ -65,12 +66,18 @@ def blocks(network: nn.Module) -> dict[str, Any]:
     """The residual blocks by name.
 
     Raises:
-        UserError: None.
+        UserError: None, or one that scales its channels by the time.
     """
     names = {part for part, _ in PARTS}
     found = {n: m for n, m in network.named_modules() if names <= {child for child, _ in m.named_children()}}
     if not found:
         raise UserError("the network has no residual blocks: expected some, whose channels are pruned")
+    for name, block in found.items():
+        rows, channels = block.time_emb_proj.out_features, block.conv1.out_channels
+        if rows != channels:
+            raise UserError(
+                f"{name} has {rows} values of the time for {channels} channels: expected one each, added and not scaled"
+            )
     return found
 
 

@@ -4,9 +4,10 @@
 
 ``s`` is the defense's statistic, large where a backdoor is suspected, and the ``n`` clean models are of the examined model's
 family, each counted once; neither it nor its relatives in training are among them. If the examined model is clean too, all
-``n + 1`` statistics are exchangeable, so ``p <= alpha`` at a rate of ``alpha`` at most, whatever their law; no longer if a
-clean model was left out for its statistic. With ``n < 1 / alpha - 1`` it cannot decide. Nothing else decides: no published
-threshold carries over to another family of models. Source: Vovk, Gammerman and Shafer 2005, chapter 2 (conformal p-values).
+``n + 1`` statistics are exchangeable, so ``p <= alpha`` at a rate of ``alpha`` at most, over all ``n + 1`` models and whatever
+their law; no longer if a clean model was left out for its statistic. With ``n < 1 / alpha - 1`` it cannot decide. Nothing else
+decides: no published threshold carries over to another family of models. Source: Vovk, Gammerman and Shafer 2005, chapter 2
+(conformal p-values).
 """
 
 from __future__ import annotations

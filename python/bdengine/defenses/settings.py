@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
 import torch
 
-from ..checkpoint import digest
+from .. import checkpoint
 from ..config import to_json
 from . import features, starts
 from .subject import Subject
@@ -34,11 +36,16 @@ def settings(subject: Subject, variant: Any, **constants: Any) -> dict[str, Any]
 
 
 def family_of(subject: Subject) -> str:
-    """What models of one calibration share, by the shape of their network."""
+    """What models of one calibration share: their network's kind, and a digest of all of its configuration.
+
+    Their data and their training cannot be read off a checkpoint: that they are alike is left to who calibrates.
+    """
     unet = getattr(subject.network, "unet", subject.network)
-    widths = "x".join(map(str, getattr(unet, "config", {}).get("block_out_channels", ())))
+    config = {k: v for k, v in dict(getattr(unet, "config", {})).items() if not k.startswith("_")}
+    widths = "x".join(map(str, config.get("block_out_channels", ())))
     shape = "x".join(map(str, subject.network.sample_shape))
-    return f"{type(unet).__name__} {shape} of {widths or 'unknown'} channels"
+    digest = hashlib.sha256(json.dumps(to_json(config), sort_keys=True, default=str).encode()).hexdigest()[:8]
+    return f"{type(unet).__name__} {shape} of {widths or 'unknown'} channels ({digest})"
 
 
 def _coefficients(subject: Subject) -> str:
@@ -50,4 +57,4 @@ def _coefficients(subject: Subject) -> str:
         for name, value in (told | {"alpha_bar": process}).items()
         if value is not None
     }
-    return digest(tensors)
+    return checkpoint.digest(tensors)

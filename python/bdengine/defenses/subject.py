@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -130,7 +131,13 @@ class Watch:
     def finding(
         self, defense: str, statistic: float, trigger: Tensor | None, images: Tensor | None, details: dict[str, Any]
     ) -> Finding:
-        """What was found, not judged yet."""
+        """What was found, not judged yet.
+
+        Raises:
+            FloatingPointError: The statistic is not finite.
+        """
+        if not math.isfinite(statistic):
+            raise FloatingPointError(f"the statistic of {defense} is {statistic}: expected a finite number")
         reason = "no calibration: the statistic of clean models of the same family was not given"
         r = None if trigger is None else trigger.detach().cpu()
         images = None if images is None else images.detach().cpu()

@@ -79,7 +79,7 @@ class TerdConfig:
     refinement: int = 1000
     """Iterations of stage 2."""
     batch: int = 16
-    """Published: 2 at 256 pixels."""
+    """Of images of any size; published: 16 at 32 pixels, 2 at 256."""
     lr: float = 0.5
     """Of ``mu``; a cosine takes it to 0 in each stage."""
     lam: float | None = None
