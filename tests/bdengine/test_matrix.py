@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,14 @@ import pytest
 from PIL import Image
 
 from bdengine import cells, matrix
+from bdengine.audit import settings_of
 from bdengine.cells import MatrixConfig
 from bdengine.cli import main
-from bdengine.defenses import DEFENSES, Calibration, elijah, removal
+from bdengine.config import to_json
+from bdengine.defend import subject_of
+from bdengine.defenses import DEFENSES, Calibration, Finding, Subject, elijah, removal
 from bdengine.matrix_page import Row, markdown
+from bdengine.options import AuditConfig
 from bdengine.presets import PRESETS
 from bdengine.shipped import ASSETS
 from bdengine.train import NetworkConfig
@@ -138,6 +142,25 @@ def test_a_detector_decides_with_a_calibration_that_fits(tmp_path: Path) -> None
         assert run("--out", tmp_path, *options, "--calibrations", tmp_path / "calibration.json") == 0
         row = rows(tmp_path)["digits-badiffusion", "elijah", "ddpm"]
         assert (row["verdict"], row["p_value"]) == (verdict, p)
+
+
+def test_the_audits_verdict_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One copy of 64 is above all of a calibration without any, which decides nothing in a sequential test."""
+    asked = []
+
+    def audited(subject: Subject, calibration: Calibration | None, alpha: float) -> Iterator[Finding]:
+        asked.append((calibration, alpha))
+        details = {"settings": settings_of(subject), "stage": "start"}
+        yield Finding("audit", 1 / 64, 1.0, "no evidence", None, None, 1, 1.0, details, subject.weights_sha256)
+
+    monkeypatch.setattr(cells, "audit", audited)
+    _, subject = subject_of("digits-clean", AuditConfig("digits-clean", tmp_path))
+    clean = Calibration("audit", to_json(settings_of(subject)), {f"model {k}": 0.0 for k in range(20)})
+    clean.save(tmp_path / "audit.json")
+    options = ("--attacks", "digits-clean", "--defenses", "audit", "--samplers", "ddpm", "--alpha", 0.06, *SMALL)
+    assert run("--out", tmp_path / "out", *options, "--calibrations", tmp_path / "audit.json") == 0
+    assert asked == [(clean, 0.06)]
+    assert rows(tmp_path / "out")["digits-clean", "audit", "ddpm"]["verdict"] == "no evidence"
 
 
 @pytest.mark.parametrize(

@@ -98,5 +98,7 @@ def test_the_published_recipe_and_bad_arguments(tmp_path: Path, tiny_checkpoint:
 
 def test_blocks_that_scale_by_the_time_are_refused() -> None:
     """Their projection has two rows a channel."""
-    with pytest.raises(UserError, match="has 16 values of the time for 8 channels: expected one each, added and not scaled"):
+    with pytest.raises(
+        UserError, match="has 16 values of the time for 8 channels: expected one each, added and not scaled"
+    ):
         blocks(tiny_unet(resnet_time_scale_shift="scale_shift"))
