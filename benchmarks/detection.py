@@ -103,9 +103,11 @@ def found_in(told: Known, name: str, detector: str) -> Finding | None:
     return Finding(defense=detector, trigger=None, images=None, details=details, **values)
 
 
-def examine(zoo: Path, file: Path, detectors: Sequence[str], ranks: Ranks, command: str) -> None:
-    """Makes the models and the findings that are not known, in the order of the zoo."""
-    runs = models(zoo)
+def examine(
+    zoo: Path, file: Path, detectors: Sequence[str], ranks: Ranks, command: str, first: int | None = None
+) -> None:
+    """Makes the models and the findings that are not known, in the order of the zoo; of its ``first`` models alone."""
+    runs = dict([*models(zoo).items()][:first])
     for calibrates in (True, False):  # the audit judges held-out models by all that calibrate
         # Of all models, known or not: what is known may change before another rank looks, and then so would the shares.
         part, before = [name for name in runs if _calibrates(name) is calibrates], known(zoo, file)
@@ -237,6 +239,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="all findings, and the rates of them")
     parser.add_argument("--only", nargs="+", default=DETECTORS, metavar="NAME", help=f"of {', '.join(DETECTORS)}")
     parser.add_argument(
+        "--models", type=int, metavar="N", help="the first N of the zoo alone, those for calibration first"
+    )
+    parser.add_argument(
         "--calibrations", type=Path, metavar="DIR", help="folder for each detector's, as the package has them"
     )
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -249,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if name not in DETECTORS:
                 raise unknown("detector", name, DETECTORS)
         with join() as ranks:
-            examine(options.zoo, options.json, options.only, ranks, command)
+            examine(options.zoo, options.json, options.only, ranks, command, options.models)
             if ranks.rank == 0:
                 told = known(options.zoo, options.json)
                 whole = document(told, command)

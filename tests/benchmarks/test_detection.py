@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -91,6 +92,7 @@ def test_findings_that_are_there_are_kept(
     monkeypatch.setitem(DEFENSES, "elijah", replace(DEFENSES["elijah"], variants=short))
     runs = dict([*zoo.models(tmp_path).items()][: zoo.CALIBRATE + 1])
     monkeypatch.setattr(detection, "models", lambda out: runs)
+    monkeypatch.setattr(detection, "make", lambda run: None)
     for name in runs:
         finished(tmp_path, name, 0.0)
         (tmp_path / name / "checkpoint").symlink_to(find("digits-clean"))
@@ -129,6 +131,11 @@ def test_two_ranks_look_at_each_model_once_whatever_is_there_when_they_begin(
     monkeypatch.setattr(detection, "make", lambda run: finished(tmp_path, str(run.out.relative_to(tmp_path)), 1.0))
     monkeypatch.setattr(Ranks, "together", lambda self, *counts: [*counts])
     command = ["--zoo", str(tmp_path), "--json", str(tmp_path / "out.json"), "--only", "elijah", "terd"]
+    monkeypatch.setattr(detection, "join", lambda: nullcontext(Ranks(0, 1)))
+    assert detection.main([*command, "--models", "3"]) == 0
+    assert looks == [name for name in [*zoo.models(tmp_path)][:3] for _ in range(2)]
+    looks.clear()
+    shutil.rmtree(tmp_path)
     for rank in range(2):
         monkeypatch.setattr(detection, "join", lambda rank=rank: nullcontext(Ranks(rank, 2)))
         assert detection.main(command) == 0
