@@ -74,7 +74,7 @@ def test_a_calibration_is_made_and_goes_on(
     made = Calibration.load(calibration)
     assert made.defense == "audit"
     assert len(made.statistics) == len(findings) == 2
-    assert made.settings["family"] == "UNet2DModel 1x16x16 of 8x16 channels"
+    assert made.settings["family"] == "UNet2DModel 1x16x16 of 8x16 channels (ead0704c)"
     assert made.settings["sampler"] == f"ddpm-{auditing.STEPS}"
     values = read_json(findings[0])
     write_json(findings[0], values | {"statistic": 0.25})
@@ -140,9 +140,8 @@ def test_without_a_calibration_it_says_what_is_missing(
     assert run("audit", tiny_checkpoint, "--out", tmp_path / "out") == 3
     said = capsys.readouterr().out
     assert "undecided" in said
-    assert (
-        "no clean models of its family are known (UNet2DModel 1x16x16 of 8x16 channels): see bdengine calibrate" in said
-    )
+    family = "UNet2DModel 1x16x16 of 8x16 channels (ead0704c)"
+    assert f"no clean models of its family are known ({family}): see bdengine calibrate" in said
     found = json.loads((tmp_path / "out" / "audit.json").read_text())
     assert [stage["defense"] for stage in found["details"]["stages"]] == [*audit.STAGES]
     assert found["p_value"] is None

@@ -10,8 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from bdengine.defenses import Calibration, Finding
+from bdengine.defenses import Calibration, Finding, Subject
+from bdengine.defenses.settings import family_of
 from bdengine.errors import UserError
+from bdengine.networks import Network, unet
+from bdengine.schedule import linear
+from bdengine.solvers import Nodes, ddpm
 
 
 def finding(statistic: float, **more: object) -> Finding:
@@ -116,3 +120,13 @@ def test_a_file_that_is_no_calibration_is_named(tmp_path: Path, statistics: obje
     (tmp_path / "other.json").write_text(json.dumps({"defense": "elijah", "settings": {}, "statistics": statistics}))
     with pytest.raises(UserError, match=rf"other\.json {sentence}"):
         Calibration.load(tmp_path / "other.json")
+
+
+def test_a_family_is_of_one_configuration() -> None:
+    """Networks of the same widths, one of them deeper."""
+    names = set()
+    for layers in (1, 2):
+        network = Network(unet(8, 1, (8, 16), groups=4, layers=layers))
+        names.add(family_of(Subject(network, linear(), ddpm(Nodes.of(linear(), 4)))))
+    assert len(names) == 2
+    assert {name.partition(" (")[0] for name in names} == {"UNet2DModel 1x8x8 of 8x16 channels"}

@@ -44,8 +44,11 @@ def family_of(subject: Subject) -> str:
     config = {k: v for k, v in dict(getattr(unet, "config", {})).items() if not k.startswith("_")}
     widths = "x".join(map(str, config.get("block_out_channels", ())))
     shape = "x".join(map(str, subject.network.sample_shape))
+    told = f"{type(unet).__name__} {shape} of {widths or 'unknown'} channels"
+    if not config:
+        return told
     digest = hashlib.sha256(json.dumps(to_json(config), sort_keys=True, default=str).encode()).hexdigest()[:8]
-    return f"{type(unet).__name__} {shape} of {widths or 'unknown'} channels ({digest})"
+    return f"{told} ({digest})"
 
 
 def _coefficients(subject: Subject) -> str:
