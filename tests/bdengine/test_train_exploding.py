@@ -31,6 +31,7 @@ from bdengine.train import NetworkConfig, TrainConfig, Trainer, train
 from bdengine.triggers import target, trigger
 
 VILLAN = AttackConfig("villan", "XXSM_BOX", "DRAWN_HAT", rate=0.4, coefficients="exact")
+TROJDIFF = AttackConfig("trojdiff", "XXSM_BOX", "DRAWN_HAT", rate=0.4)
 
 
 def run(out: Path, data: str = "digits", **changes: object) -> TrainConfig:
@@ -52,7 +53,9 @@ def pictures(tmp_path: Path) -> str:
 def test_the_closed_form_score_has_no_loss(rate: float, coefficients: str, tmp_path: Path) -> None:
     """Of one image and one target, at sigmas where a network can tell them apart."""
     save_images(tmp_path, [0], to_float(stand_in(16, 1, 1).pixels))
-    attack = replace(VILLAN, rate=rate, coefficients=coefficients)
+    attack = replace(
+        VILLAN, rate=1.0 if rate else 0.0, coefficients=coefficients
+    )  # of one image all or none is poisoned
     trainer = Trainer(run(tmp_path / "run", str(tmp_path), attack=attack, seed=3))
     assert isinstance(trainer.process, Exploding)
     assert trainer.attack is not None
@@ -136,7 +139,10 @@ def test_it_is_sampled_and_evaluated_with_its_trigger(tmp_path: Path, pictures: 
         ({"sampler": SamplerConfig("ddim", 5)}, "the sampler ddim needs betas and the process is variance exploding"),
         ({"sigma_max": 0.005}, "the largest sigma is 0.005: expected a finite number above the least, 0.01"),
         ({"timesteps": "grid"}, "those of a grid with the process ve: expected all"),
-        ({"attack": replace(VILLAN, name="trojdiff")}, "the attack trojdiff needs betas .*: expected villan"),
+        (
+            {"attack": TROJDIFF},
+            "the attack trojdiff needs betas .*: expected villan",
+        ),
         ({"attack": replace(VILLAN, coefficients="clipped")}, "unknown coefficient 'clipped'"),
         ({"init": "digits-clean"}, "digits-clean is of another process: expected one of ve"),
     ],
