@@ -319,9 +319,11 @@ def scored(
     made_of = names if attack.name == "none" or names.target not in FROM_TRIGGER else attack
     r = model.trigger(made_of.trigger, made_of.trigger_file)
     data, extractor = model.data(config.data), extractor_of(config.extractor)
-    y, reference = _goal(names, r, data, extractor), Reference.of(data, extractor)
-    # What cannot be scored is refused before hours of sampling: images of a size that a metric does not take, too few of them.
-    score_arms({("data", "none"): to_float(data.pixels[:SHOWN])}, y, reference, config.threshold)
+    y, reference = _goal(names, r, data, extractor), None
+    if ranks.rank == 0:
+        reference = Reference.of(data, extractor)
+        # What cannot be scored is refused before hours of sampling: a size that a metric does not take, too few real images.
+        score_arms({("data", "none"): to_float(data.pixels[:SHOWN])}, y, reference, config.threshold)
     table, sampler = model.table(config, config.task)
     images = None if config.task.first is None else originals(data)
     corrupted = None if images is None else config.task.corrupted(images)
@@ -340,7 +342,7 @@ def scored(
         config.capture,
         config.clips,
     )
-    if ranks.rank > 0:
+    if reference is None:
         return {}, {}
     arms = {key: model.shown(images) for key, images in arms.items()}
     scored, first = score_arms(arms, y, reference, config.threshold), {}

@@ -209,3 +209,25 @@ def test_a_strangers_values_get_a_sentence(
     said = capsys.readouterr().err
     assert said.startswith("bdengine: ")
     assert said.count("\n") == 1
+
+
+def test_what_cannot_be_scored_is_refused_before_it_is_sampled(
+    tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three real images have no manifold."""
+    monkeypatch.setattr("bdengine.commands.sample_arms", None)
+    (tmp_path / "data").mkdir()
+    for k in range(3):
+        Image.new("L", (16, 16), 80 * k).save(tmp_path / "data" / f"{k}.png")
+    words = [
+        "evaluate",
+        str(tiny_checkpoint),
+        "--trigger",
+        "BOX_4",
+        "--target",
+        "CORNER",
+        "--data",
+        str(tmp_path / "data"),
+    ]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 2
+    assert "3 images" in capsys.readouterr().err
