@@ -255,7 +255,7 @@ def _goal(names: AttackConfig, r: Tensor, data: Images, extractor: Extractor) ->
     if label is None:
         return names.targets(r, data)
     data = names.class_data(r, data)
-    if not data.name.startswith("digits"):
+    if not data.are_digits:
         raise UserError(
             f"the target {names.target} is a class of {data.name!r} and only digits have a classifier: expected digits"
         )

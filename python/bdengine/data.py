@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -64,6 +65,11 @@ class Images:
 
     def __len__(self) -> int:
         return self.pixels.shape[0]
+
+    @property
+    def are_digits(self) -> bool:
+        """Whether they are the digits, all or without a class, which the digit classifier is for."""
+        return re.fullmatch(r"digits(-without-\d+)?", self.name) is not None
 
     def of_class(self, label: int) -> Images:
         """The images of one class.

@@ -356,3 +356,9 @@ def test_stand_ins_are_fixed_and_differ() -> None:
 def test_stand_ins_refuse_nothing(size: int, channels: int, count: int) -> None:
     with pytest.raises(UserError, match="expected at least 1"):
         stand_in(size, channels, count)
+
+
+def test_only_the_digits_are_digits() -> None:
+    pixels = torch.zeros(1, 1, 16, 16, dtype=torch.uint8)
+    named = ("digits", "digits-without-7", "digits-7", "digits-of-mine", "my/digits")
+    assert [Images(pixels, None, name).are_digits for name in named] == [True, True, False, False, False]

@@ -82,7 +82,7 @@ def universal(data: Images, amplitude: float) -> Tensor:
     Raises:
         UserError: Data without labels, or that are no digits.
     """
-    if data.labels is None or not data.name.startswith("digits"):
+    if data.labels is None or not data.are_digits:
         raise UserError(
             f"a perturbation is made against the digit classifier and the data are {data.name!r}: expected digits, or a"
             " picture of one with the trigger IMAGE"
