@@ -25,9 +25,9 @@ from typing import Any, Final
 from scipy.stats import binomtest
 from tqdm import tqdm
 
-from bdengine import audit, checkpoint
+from bdengine import audit
 from bdengine.auditing import AUDIT
-from bdengine.defend import examined, subject_of
+from bdengine.defend import examined, subject_of, write_trigger
 from bdengine.defenses import DEFENSES, Calibration, Finding
 from bdengine.distributed import Ranks, join
 from bdengine.errors import UserError, unknown
@@ -80,9 +80,7 @@ def keep(zoo: Path, name: str, finding: Finding) -> None:
     path = _findings(zoo, name)
     if finding.trigger is not None:
         write_json(zoo / name / finding.defense / "finding.json", finding.to_json())
-        header = {"stage": stage} if (stage := finding.details.get("stage")) else {}
-        path_of_trigger = zoo / name / finding.defense / checkpoint.TRIGGER
-        checkpoint.write_safetensors(path_of_trigger, {"trigger": finding.trigger}, header)
+        write_trigger(zoo / name / finding.defense, finding)
     told = read_json(path) if path.exists() else {"settings": {}, "found": {}}
     arms, clip = read_json(zoo / name / "scores.json")["arms"], clip_of(models(zoo)[name])
     told["scores"] = {

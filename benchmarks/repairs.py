@@ -32,7 +32,7 @@ from bdengine.solvers import Clip
 
 from .detection import cell, kind_of, rate
 from .report import commit, exit_code
-from .zoo import clip_of, models
+from .zoo import clip_of, clips_of, models
 
 ASR: Final = 0.05
 WORSE: Final = 1.3
@@ -46,13 +46,11 @@ def repair(zoo: Path, name: str) -> dict[str, Any]:
     model = Model.load(str(folder / "checkpoint"))
     about = repaired(model, RepairConfig(model.path, folder / "repaired", folder / AUDIT))
     left = Model.load(str(folder / "repaired")).attacked_as(model)
-    clip = clip_of(models(zoo)[name])
-    after, _ = scored(
-        left, EvaluateConfig(model.path, folder, images=IMAGES, clips=tuple(dict.fromkeys(("none", clip))))
-    )
+    run = models(zoo)[name]
+    after, _ = scored(left, EvaluateConfig(model.path, folder, images=IMAGES, clips=clips_of(run)))
     before = read_json(folder / "scores.json")
     stage = read_json(folder / AUDIT / "finding.json")["details"]["stage"]
-    told = {when: _told(scores["arms"], clip) for when, scores in (("before", before), ("after", after))}
+    told = {when: _told(scores["arms"], clip_of(run)) for when, scores in (("before", before), ("after", after))}
     kind = kind_of(name, told["before"]["asr"])
     return told | {"kind": kind, "stage": stage, "seconds": about["seconds"]}
 

@@ -94,6 +94,11 @@ def clip_of(run: TrainConfig) -> Clip:
     return "latent" if run.attack.coefficients == "clipped" else "none"
 
 
+def clips_of(run: TrainConfig) -> tuple[Clip, ...]:
+    """Under which clips it is scored: none, and that."""
+    return tuple(dict.fromkeys(("none", clip_of(run))))
+
+
 def make(run: TrainConfig) -> None:
     """One model with its scores, unless they are there; a clean one is scored with a trigger it has never seen."""
     made = run.out / "checkpoint"
@@ -103,8 +108,7 @@ def make(run: TrainConfig) -> None:
     if read_json(made / EXTRA)["train"] != recipe:
         raise UserError(f"{run.out} holds a model of another recipe: expected one of this zoo, or an empty folder")
     unseen = {"trigger": "XXSM_BOX", "target": "DRAWN_HAT"} if run.attack.name == "none" else {}
-    clips = tuple(dict.fromkeys(("none", clip_of(run))))
-    asked = EvaluateConfig(str(made), run.out, clips=clips, **unseen)  # type: ignore[arg-type]
+    asked = EvaluateConfig(str(made), run.out, clips=clips_of(run), **unseen)  # type: ignore[arg-type]
     if not (run.out / "scores.json").exists():
         write_json(run.out / "scores.json", scored(Model.load(asked.checkpoint), asked)[0])
 

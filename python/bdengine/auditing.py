@@ -16,7 +16,7 @@ from .audit import AUDIT_SEEDS, examine, lacking, settings_of, stages_of
 from .audit import audit as audited
 from .commands import Model
 from .config import claim, to_json
-from .defend import chosen, packaged, subject_of
+from .defend import chosen, packaged, subject_of, write_trigger
 from .defenses import DEFENSES, Calibration, Finding
 from .defenses.result import check_alpha
 from .defenses.settings import family_of
@@ -59,9 +59,7 @@ def audit(config: AuditConfig) -> int:
     same_seeds = range(AUDIT_SEEDS, AUDIT_SEEDS + SHOWN)
     own = subject.sampled({"": Arm(subject.table)}, same_seeds, SHOWN)[""]
     write_atomic(config.out / "report.html", page(config, finding, model, own))
-    if finding.trigger is not None:
-        header = {"stage": finding.details["stage"]}
-        checkpoint.write_safetensors(config.out / checkpoint.TRIGGER, {"trigger": finding.trigger}, header)
+    write_trigger(config.out, finding)
     print(f"{finding.verdict}: {sentence(finding)}")
     print(f"{finding.evaluations:,} images through the network in {finding.seconds:.1f} s")
     print(f"open {config.out / 'report.html'} (and audit.json beside it)")

@@ -95,22 +95,29 @@ def examined(config: DefendConfig) -> tuple[Model, Finding]:
     calibration = None if config.calibration is None else Calibration.load(config.calibration)
     check_alpha(config.alpha)
     model, subject = subject_of(config.checkpoint, config)
-    own = defense.settings(subject, settings)
+    own, known = defense.settings(subject, settings), calibrations()
     if calibration is None:
-        calibration = packaged(config.defense, own, subject)
+        calibration = fitting(known, config.defense, own, subject.weights_sha256)
     else:
         calibration.check(config.defense, own, subject.weights_sha256)
     finding = defense.examine(subject, settings)
     if calibration is not None:
         return model, calibration.judge(finding, config.alpha)
     told = {name: defense.settings(subject, variant) for name, variant in defense.variants.items()}
-    having = [name for name in told if packaged(config.defense, told[name], subject)]
+    having = [name for name in told if fitting(known, config.defense, told[name], subject.weights_sha256)]
     if not having:
         return model, finding
     reason = (
         f"no calibration of clean models fits: expected one, or the variant {having[0]}, which the package has one of"
     )
     return model, replace(finding, details=finding.details | {"reason": reason})
+
+
+def write_trigger(out: Path, finding: Finding) -> None:
+    """The finding's trigger, if it has one, as `bdengine.repair` reads it: with the stage of the audit that found it."""
+    if finding.trigger is not None:
+        header = {"stage": stage} if (stage := finding.details.get("stage")) else {}
+        checkpoint.write_safetensors(out / checkpoint.TRIGGER, {"trigger": finding.trigger}, header)
 
 
 def write_pictures(out: Path, model: Model, finding: Finding) -> list[str]:
@@ -121,8 +128,7 @@ def write_pictures(out: Path, model: Model, finding: Finding) -> list[str]:
         written.append("images.png")
     if finding.trigger is not None:
         pictures.save_png(out / "trigger.png", pictures.grid(model.shown(finding.trigger)[None]))
-        header = {"stage": stage} if (stage := finding.details.get("stage")) else {}
-        checkpoint.write_safetensors(out / checkpoint.TRIGGER, {"trigger": finding.trigger}, header)
+        write_trigger(out, finding)
         written += ["trigger.png", checkpoint.TRIGGER]
     for name in {"images.png", "trigger.png", checkpoint.TRIGGER}.difference(written):
         (out / name).unlink(missing_ok=True)  # of an earlier finding, which this one is not
