@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 
 from .errors import UserError, unknown
-from .schedule import Exploding, Schedule, linear
+from .schedule import Exploding, Schedule
 from .solvers import Nodes, SamplerConfig, Table, score_sde
 
 OWN: Final = "own"
@@ -29,28 +29,6 @@ def is_preserving(config: Mapping[str, Any]) -> bool:
 def in_unit_range(config: Mapping[str, Any]) -> bool:
     """Whether the images lie in [0, 1] instead of [-1, 1], as in score-SDE's pipeline."""
     return config.get("_class_name") == _VE
-
-
-def check_noise_of_linear(path: str, scheduler: Mapping[str, Any], channels: int, out: int) -> None:
-    """Refuse a checkpoint that training cannot go on from: it knows the linear betas of DDPM, and networks of the noise alone.
-
-    Args:
-        path: Of the checkpoint.
-        scheduler: Its scheduler's configuration.
-        channels, out: Of its images, and of what its network returns.
-
-    Raises:
-        UserError: As said.
-    """
-    process = Schedule.from_config(scheduler) if is_preserving(scheduler) else None
-    if process is None or not np.array_equal(process.alpha_bar, linear().alpha_bar):
-        kind = scheduler.get("_class_name", "no known class")
-        betas = "" if process is None else f" with {process.name} betas"
-        raise UserError(f"{path} has a scheduler of {kind}{betas}: expected the linear betas of DDPM to train it")
-    if (process.prediction, out) != ("epsilon", channels):
-        raise UserError(
-            f"{path} predicts {process.prediction} in {out} channels: expected epsilon in {channels} to train it"
-        )
 
 
 def sampler_of(process: Schedule | Exploding, sampler: SamplerConfig) -> Table:

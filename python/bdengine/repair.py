@@ -30,9 +30,9 @@ from .defenses.unlearning import Unlearning
 from .errors import UserError, unknown
 from .files import write_json
 from .options import RepairConfig, device
-from .own import check_noise_of_linear
 from .schedule import linear
 from .solvers import Nodes, SamplerConfig, ddim
+from .start import check_noise_of_linear
 from .train import TrainConfig
 
 PRUNED: Final = PruningConfig(ratio=0.1, steps=400, lr=5e-4)

@@ -25,7 +25,6 @@ import bdkernels
 from bdkernels import Noising
 
 from . import checkpoint
-from .accelerate import accelerate
 from .attacks import CLEAN, OUTSIDE, POISONED, Attack, AttackConfig, noising_table
 from .attacks.invi import InnerLoop
 from .capture import captured, check_device
@@ -34,28 +33,14 @@ from .data import Images, load
 from .distributed import ALONE, Ranks, Stopped
 from .errors import UserError
 from .gradient import Gradient, flattened
-from .networks import Network, recompute, unet
-from .own import check_noise_of_linear, in_unit_range, sampler_of
+from .networks import Network, recompute
+from .own import sampler_of
 from .plan import Batch, TrainingPlan
 from .progress import Interrupt, Stats
 from .schedule import Exploding, Schedule, exploding, linear
-from .shipped import find
 from .solvers import SamplerConfig
+from .start import NetworkConfig, initial, new
 from .triggers import LEARNED
-
-
-@dataclass(frozen=True)
-class NetworkConfig:
-    """A new UNet's shape."""
-
-    widths: tuple[int, ...] = (16, 32, 64)
-    """Channels of each resolution."""
-    layers: int = 1
-    """Residual blocks a resolution."""
-    groups: int = 8
-    """Groups of the group norms."""
-    attention: int = 0
-    """Resolutions, counted from the coarsest, that have attention."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +180,12 @@ class Trainer:
                 " expected more images or a higher rate"
             )
         self.table = noising_table(self.process, self.attack).to(self.device)
-        self.network = self._network().to(self.device)
+        explodes = isinstance(self.process, Exploding)
+        if config.init is not None:
+            network = initial(config.init, shape, exploding=explodes)
+        else:
+            network = new(config.network, shape, exploding=explodes, seed=config.seed)
+        self.network = network.to(self.device).train()
         self.initial: Network | None = None
         if config.clean_target == "initial":
             self.initial = self.network.frozen()
@@ -218,26 +208,6 @@ class Trainer:
         self.gradient = Gradient(self.parameters)
         self.weights.grad = self.gradient.vector[:-1]
         self.backward: Callable[[], None] | None = None if config.capture else self._backward
-
-    def _network(self) -> Network:
-        config = self.config
-        if config.init is not None:
-            network = Network(accelerate(checkpoint.load_unet(find(config.init))))
-            if network.sample_shape != (config.channels, config.size, config.size):
-                raise UserError(
-                    f"{config.init} makes images of shape {tuple(network.sample_shape)}:"
-                    f" expected {(config.channels, config.size, config.size)}"
-                )
-            scheduler = checkpoint.load_scheduler_config(find(config.init))
-            if in_unit_range(scheduler) != (config.process == "ve"):
-                raise UserError(f"{config.init} is of another process: expected one of {config.process}")
-            if config.process == "vp":
-                unet_: Any = network.unet
-                check_noise_of_linear(config.init, scheduler, config.channels, unet_.config["out_channels"])
-            return network.train()
-        torch.manual_seed(config.seed)
-        told: dict[str, Any] = {"time_embedding_type": "fourier"} if config.process == "ve" else {}
-        return Network(accelerate(unet(config.size, config.channels, **vars(config.network), **told))).train()
 
     def inputs_sha256(self) -> str:
         """Of the pictures that it starts with: a path in a configuration does not say which they are."""

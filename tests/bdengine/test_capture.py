@@ -25,7 +25,8 @@ from bdengine.networks import Network
 from bdengine.sampler import Arm, Sampler
 from bdengine.schedule import linear
 from bdengine.solvers import Nodes, ddim, ddpm, dpm_multistep, unipc
-from bdengine.train import NetworkConfig, TrainConfig, Trainer, train
+from bdengine.start import NetworkConfig
+from bdengine.train import TrainConfig, Trainer, train
 
 from .networks_for_tests import elementwise, tiny_unet
 

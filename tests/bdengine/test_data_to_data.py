@@ -24,7 +24,8 @@ from bdengine.plan import TrainingPlan, target_of
 from bdengine.sampler import Sampler
 from bdengine.schedule import linear
 from bdengine.solvers import Nodes, SamplerConfig, ddpm
-from bdengine.train import NetworkConfig, TrainConfig, Trainer, train
+from bdengine.start import NetworkConfig
+from bdengine.train import TrainConfig, Trainer, train
 
 PROCESS, SHAPE = linear(), (1, 8, 8)
 SEVEN = AttackConfig("trojdiff", "PATCH_4_WHITE", "CLASS_7", rate=0.3)

@@ -24,7 +24,7 @@ from bdengine.matrix_page import Row, markdown
 from bdengine.options import AuditConfig
 from bdengine.presets import PRESETS
 from bdengine.shipped import ASSETS
-from bdengine.train import NetworkConfig
+from bdengine.start import NetworkConfig
 
 SMALL = ("--steps", 20, "--images", 8)
 

@@ -25,7 +25,8 @@ from bdengine.oracle import Gaussian, Oracle
 from bdengine.sampler import Sampler
 from bdengine.schedule import linear
 from bdengine.solvers import Nodes, SamplerConfig, ddim
-from bdengine.train import NetworkConfig, TrainConfig, Trainer, train
+from bdengine.start import NetworkConfig
+from bdengine.train import TrainConfig, Trainer, train
 from bdengine.triggers import target
 
 PROCESS, SHAPE = linear(), (1, 8, 8)

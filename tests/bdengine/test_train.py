@@ -27,7 +27,8 @@ from bdengine.pictures import save_images
 from bdengine.presets import PRESETS, preset
 from bdengine.schedule import linear
 from bdengine.solvers import SamplerConfig
-from bdengine.train import NetworkConfig, TrainConfig, Trainer, train
+from bdengine.start import NetworkConfig
+from bdengine.train import TrainConfig, Trainer, train
 from bdengine.triggers import class_of
 
 

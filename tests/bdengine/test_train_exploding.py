@@ -27,7 +27,8 @@ from bdengine.pictures import save_images
 from bdengine.sampler import Sampler
 from bdengine.schedule import Exploding, exploding
 from bdengine.solvers import SamplerConfig
-from bdengine.train import NetworkConfig, TrainConfig, Trainer, train
+from bdengine.start import NetworkConfig
+from bdengine.train import TrainConfig, Trainer, train
 from bdengine.triggers import target, trigger
 
 VILLAN = AttackConfig("villan", "XXSM_BOX", "DRAWN_HAT", rate=0.4, coefficients="exact")
