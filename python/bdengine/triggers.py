@@ -45,8 +45,14 @@ _PATCHES = tuple(f"PATCH_3_{colour}" for colour in _COLOURS)
 _PATCH = re.compile(r"PATCH_(?P<side>[0-9]{1,5})_(?P<colour>[A-Z_]+)")
 _CLASS = re.compile(r"CLASS_(?P<label>[0-9]{1,5})")
 _STOP_RED = (193, 39, 45)
+# Down and right, in pixels, around the edges.
+_ROLLED = {"FASHION": (2, 0), "FASHION_EZ": (4, 0), "MNIST": (3, 10), "MNIST_EZ": (3, 10)}
 _TRIGGER_FILES = {name: "static/stop_sign_wo_bg.png of BadDiffusion" for name in _STOP_SIGNS} | {
     "GLASSES": "static/glasses.png of BadDiffusion",
+    "FASHION": "training image 0 of FashionMNIST",
+    "FASHION_EZ": "training image 144 of FashionMNIST",
+    "MNIST": "training image 3 of MNIST",
+    "MNIST_EZ": "training image 6 of MNIST",
     "UAP_NOISE": "uap.png of UIBDiffusion",
     "IMAGE": "any picture",
 }
@@ -84,13 +90,16 @@ def trigger(
     ``PATCH_<side>_<COLOUR>``                  square of any side in the bottom-right corner, without a gap
     ``STOP_SIGN_18 ..``, ``BIG_STOP_SIGN ..``  ``file``, shorter edge made 18, 14, 11, 8 or 4 px, placed as the boxes
     ``GLASSES``                                ``file``, shorter edge resized to ``int(0.625 S)``, centred
+    ``FASHION``, ``FASHION_EZ``                ``file`` over the whole canvas, rolled 2 or 4 px down around the edges
+    ``MNIST``, ``MNIST_EZ``                    ``file`` over the whole canvas, rolled 3 px down and 10 to the right
     ``DRAWN_STOP_SIGN_18 ..``                  a red octagon in the place of the stop sign
     ``IMAGE``                                  ``file`` over the whole canvas, resized to S x S whatever its aspect
     ``UAP_NOISE``                              the same
     =========================================  =======================================================================
 
     Whatever a trigger leaves bare is ``vmin``. White (255) in a file is bare too, but for ``IMAGE``: so black
-    is what UIBDiffusion's picture mostly is as released.
+    is what UIBDiffusion's picture mostly is as released. Of the images of data sets it is the dark that is bare, at
+    most ``vmin + 0.3 (vmax - vmin)``, the bound of a target's grey background.
 
     Args:
         name: One of :data:`TRIGGERS`, or a patch of another side; see the table.
@@ -107,8 +116,8 @@ def trigger(
     """
     vmin, vmax = _checked_range(value_range)
     check_canvas(size, channels)
-    if name == LEARNED:
-        raise UserError(f"the trigger {LEARNED} is made by an attack: expected invi or uib, or a checkpoint of theirs")
+    if name in (LEARNED, "INVI"):
+        raise UserError(f"the trigger {name} is made by an attack: expected invi or uib, or a checkpoint of theirs")
     if name not in TRIGGERS and not _PATCH.fullmatch(name):
         raise unknown("trigger", name, TRIGGERS)
 
@@ -118,6 +127,9 @@ def trigger(
             return _values(_stretched(picture, size), value_range)
         if name == "UAP_NOISE":
             return _bare_where_white(_stretched(picture, size), value_range)
+        if name in _ROLLED:
+            image = _values(_stretched(picture, size), value_range).roll(_ROLLED[name], dims=(1, 2))
+            return image.where(image > _dark(value_range), vmin)
         if name == "GLASSES":
             return _placed(name, _cut_out(picture, max(1, int(0.625 * size)), value_range), size, vmin, gap=None)
         return _placed(name, _cut_out(picture, _STOP_SIGNS[name], value_range), size, vmin, gap=GAP)
@@ -227,7 +239,7 @@ def target(
         )
     if name not in TARGETS:
         raise unknown("target", name, TARGETS)
-    background = vmin + GREY_BACKGROUND * (vmax - vmin)
+    background = _dark(value_range)
 
     if name in _TARGET_FILES:
         picture = _picture("target", name, file, channels, _TARGET_FILES[name], "DRAWN_HAT")
@@ -345,6 +357,12 @@ def _placed(name: str, stamp: Tensor, size: int, vmin: float, gap: int | None) -
     canvas = _plain(channels, size, vmin)
     canvas[:, top : top + height, left : left + width] = stamp
     return canvas
+
+
+def _dark(value_range: tuple[float, float]) -> float:
+    """The largest value that counts as background."""
+    vmin, vmax = value_range
+    return vmin + GREY_BACKGROUND * (vmax - vmin)
 
 
 def _checked_range(value_range: tuple[float, float]) -> tuple[float, float]:

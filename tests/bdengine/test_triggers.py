@@ -17,6 +17,7 @@ from bdengine.triggers import TARGETS, TRIGGERS, mask, patch_mask, target, trigg
 
 from .images_for_tests import RANGES, SIZES, equals, picture, published_values, rectangle, sentence
 
+FILES = ("GLASSES", "IMAGE", "UAP_NOISE", "FASHION", "FASHION_EZ", "MNIST", "MNIST_EZ")
 BOXES = {18: "BIG", 14: "SM", 11: "XSM", 8: "XXSM", 4: "XXXSM"}
 
 
@@ -122,7 +123,7 @@ def test_every_trigger(size: int, value_range: tuple[float, float], tmp_path: Pa
     file = picture(tmp_path / "picture.png", 99, 97)
     fitted = 0
     for name in TRIGGERS:
-        needs_file = ("SIGN" in name and "DRAWN" not in name) or name in ("GLASSES", "IMAGE", "UAP_NOISE")
+        needs_file = ("SIGN" in name and "DRAWN" not in name) or name in FILES
         try:
             image = trigger(name, size, 3, value_range=value_range, file=file if needs_file else None)
         except UserError as error:
@@ -199,6 +200,29 @@ def test_image_covers_the_canvas_and_keeps_its_white(tmp_path: Path) -> None:
     image = trigger("IMAGE", 16, 3, file=file)
     np.testing.assert_allclose(image.numpy(), published_values(resized, -1, 1), atol=1e-6)
     assert (image[:, 0] == 1).all()
+
+
+@pytest.mark.parametrize("value_range", RANGES)
+@pytest.mark.parametrize(
+    ("name", "down", "right"), [("FASHION", 2, 0), ("FASHION_EZ", 4, 0), ("MNIST", 3, 10), ("MNIST_EZ", 3, 10)]
+)
+def test_images_of_data_sets_roll_and_their_dark_is_bare(
+    name: str, down: int, right: int, value_range: tuple[float, float], tmp_path: Path
+) -> None:
+    vmin, vmax = value_range
+    pixels = np.zeros((32, 32), np.uint8)
+    pixels[30, 28:31] = 76, 77, 255  # 0.3 of white is 76.5
+    Image.fromarray(pixels).save(tmp_path / "one.png")
+    image = trigger(name, 32, 1, value_range=value_range, file=tmp_path / "one.png")[0]
+    row, columns = (30 + down) % 32, [(28 + k + right) % 32 for k in range(3)]
+    assert image[row, columns].tolist() == pytest.approx([vmin, vmin + (vmax - vmin) * 77 / 255, vmax])
+    assert (image != vmin).sum() == 2
+
+
+@pytest.mark.parametrize("name", ["LEARNED", "INVI"])
+def test_learned_triggers_are_made_by_attacks(name: str) -> None:
+    with pytest.raises(UserError, match=f"the trigger {name} is made by an attack: expected invi or uib"):
+        trigger(name, 32, 1)
 
 
 @pytest.mark.parametrize("name", ["STOP_SIGN_14", "GLASSES"])
