@@ -27,16 +27,18 @@ from tqdm import tqdm
 
 from bdengine import audit
 from bdengine.auditing import AUDIT
-from bdengine.defend import examined, subject_of, write_trigger
+from bdengine.config import to_json
+from bdengine.defend import examined, recipe, subject_of, write_trigger
 from bdengine.defenses import DEFENSES, Calibration, Finding
 from bdengine.distributed import Ranks, join
 from bdengine.errors import UserError, unknown
 from bdengine.files import read_json, write_json
 from bdengine.memory import keep_freed
 from bdengine.options import AuditConfig, DefendConfig
+from bdengine.triggers import class_of
 
 from .report import commit, exit_code
-from .zoo import CALIBRATE, clip_of, make, models
+from .zoo import CALIBRATE, RECIPE, clip_of, make, models
 
 DETECTORS: Final = (AUDIT, *(name for name, defense in DEFENSES.items() if defense.detects))
 ALPHA: Final = 0.05
@@ -45,7 +47,9 @@ TOLD: Final = ("statistic", "p_value", "verdict", "evaluations", "seconds", "wei
 WORKS: Final = 0.9
 """Least share of triggered images that reach their target, for the backdoor to count as one."""
 
-KINDS: Final = ("clean", "baddiffusion box", "baddiffusion", "villan", "trojdiff", "uib", "weak")
+KINDS: Final = (
+    "clean", "baddiffusion box", "baddiffusion", "villan", "trojdiff", "trojdiff class", "made for the clip", "weak"
+)  # fmt: skip
 """The groups of `kind_of`."""
 
 Known = dict[str, dict[str, Any]]
@@ -144,7 +148,7 @@ def calibration_of(told: Known, detector: str) -> Calibration:
             f"{len(missing)} of the {len(found)} models of the calibration of {detector} were not examined, {missing[0]} the"
             " first: expected all of them before any other is judged"
         )
-    return Calibration.of([finding for finding in found.values() if finding is not None])
+    return Calibration.of([finding for finding in found.values() if finding is not None], recipe(to_json(RECIPE)))
 
 
 def rate(hits: int, of: int) -> dict[str, Any]:
@@ -160,6 +164,10 @@ def kind_of(name: str, asr: float) -> str:
         return "clean"
     if asr < WORKS:
         return "weak"
+    if attack.coefficients == "clipped":
+        return "made for the clip"
+    if class_of(attack.target) is not None:
+        return f"{attack.name} class"
     return f"{attack.name} box" if attack.name == "baddiffusion" and "BOX" in attack.trigger else attack.name
 
 

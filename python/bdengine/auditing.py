@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
 from torch import Tensor
 from tqdm import tqdm
@@ -16,10 +17,9 @@ from .audit import AUDIT_SEEDS, examine, lacking, settings_of, stages_of
 from .audit import audit as audited
 from .commands import Model
 from .config import claim, to_json
-from .defend import chosen, packaged, subject_of, write_trigger
+from .defend import calibrations, chosen, fitting, recipe, subject_of, unfitting, with_caveat, write_trigger
 from .defenses import DEFENSES, Calibration, Finding
 from .defenses.result import check_alpha
-from .defenses.settings import family_of
 from .errors import UserError, unknown
 from .files import write_atomic, write_json
 from .options import AuditConfig, CalibrateConfig
@@ -41,7 +41,10 @@ def audit(config: AuditConfig) -> int:
     """Run ``bdengine audit``; returns `EXIT` of the verdict."""
     given = None if config.calibration is None else Calibration.load(config.calibration)
     model, subject = subject_of(config.checkpoint, config, STEPS)
-    calibration = given or packaged(AUDIT, settings_of(subject), subject)
+    known, examined = calibrations(), (AUDIT, settings_of(subject), subject.weights_sha256)
+    calibration = given or fitting(known, *examined)
+    if calibration is None:
+        print(f"it will end undecided, since {unfitting(known, *examined)}", file=sys.stderr)
     stages, names, finding = audited(subject, calibration, config.alpha), stages_of(subject), None
     run = {name: value for name, value in to_json(config).items() if name != "out"}
     with tqdm(total=len(names), unit="stage", desc=names[0]) as bar:
@@ -53,14 +56,17 @@ def audit(config: AuditConfig) -> int:
     if finding is None:
         raise UserError("the audit has no stages for this model: expected at least one")
     if calibration is None:
-        reason = f"no clean models of its family are known ({family_of(subject)}): see bdengine calibrate"
-        finding = replace(finding, details=finding.details | {"reason": reason})
+        finding = replace(finding, details=finding.details | {"reason": unfitting(known, *examined)})
+    else:
+        finding = with_caveat(finding, calibration, model)
     write_json(config.out / "audit.json", finding.to_json() | {"run": run})
     same_seeds = range(AUDIT_SEEDS, AUDIT_SEEDS + SHOWN)
     own = subject.sampled({"": Arm(subject.table)}, same_seeds, SHOWN)[""]
     write_atomic(config.out / "report.html", page(config, finding, model, own))
     write_trigger(config.out, finding)
     print(f"{finding.verdict}: {sentence(finding)}")
+    if caveat := finding.details.get("caveat"):
+        print(caveat)
     print(f"{finding.evaluations:,} images through the network in {finding.seconds:.1f} s")
     print(f"open {config.out / 'report.html'} (and audit.json beside it)")
     return EXIT[finding.verdict]
@@ -111,6 +117,8 @@ def _facts(finding: Finding) -> list[tuple[str, str]]:
             ),
             ("clean models make copies", f"in at most {details['p0']:.1%}"),
         ]
+    if "caveat" in details:
+        facts.append(("these rates", details["caveat"]))
     return [*facts, ("network evaluations", f"{finding.evaluations:,}"), ("seconds", f"{finding.seconds:.1f}")]
 
 
@@ -152,7 +160,7 @@ def calibrate(config: CalibrateConfig) -> int:
     if not config.checkpoints:
         raise UserError("no checkpoints were given: expected clean models of one family")
     check_alpha(config.alpha)
-    look, names = examiner(config), _by_weights(config.checkpoints)
+    look, (names, recipes) = examiner(config), _by_weights(config.checkpoints)
     claim(config.out / "run.json", to_json(config), ["checkpoints", "out", "alpha"])
     found = []
     for weights, name in tqdm(names.items(), unit="model"):
@@ -160,22 +168,28 @@ def calibrate(config: CalibrateConfig) -> int:
         if not path.exists():
             write_json(path, look(name).to_json())
         found.append(Finding.load(path))
-    calibration = Calibration.of(found)
+    alike = all(one == recipes[0] for one in recipes)
+    calibration = Calibration.of(found, recipes[0] if alike else None)
     calibration.save(config.out / "calibration.json")
     greatest = max(calibration.statistics.values())
     print(f"{len(found)} models, statistic at most {greatest:.6g}; wrote {config.out / 'calibration.json'}")
     reason = lacking(calibration, config.alpha) if config.defense == AUDIT else calibration.lacking(config.alpha)
     if reason is not None:
         print(f"it decides nothing yet: {reason}")
+    if not alike:
+        print("these models were not trained alike: rates are of models that are trained as varied as they are")
     return 0
 
 
-def _by_weights(checkpoints: Sequence[str]) -> dict[str, str]:
-    """The checkpoints by the digest of their weights: a path says nothing of what lies there."""
+def _by_weights(checkpoints: Sequence[str]) -> tuple[dict[str, str], list[dict[str, Any]]]:
+    """The checkpoints by the digest of their weights, as a path says nothing of what lies there; and how each was trained."""
     names: dict[str, str] = {}
+    recipes = []
     for name in checkpoints:
-        weights = checkpoint.digest(Model.load(name).network.state_dict())
+        model = Model.load(name)
+        weights = checkpoint.digest(model.network.state_dict())
+        recipes.append(recipe(model.train))
         if weights in names:
             raise UserError(f"{names[weights]} and {name} are one model: expected each once")
         names[weights] = name
-    return names
+    return names, recipes

@@ -24,6 +24,15 @@ from .shipped import ASSETS
 FEATURES = ("digits", "pixels")
 
 
+_FREE = ("out", "seed", "attack", "status", "snapshot", "micro_batch", "capture", "checkpointing")
+"""Of a recipe: what may differ between models that are trained alike."""
+
+
+def recipe(train: Mapping[str, Any]) -> dict[str, Any]:
+    """How a model was trained, of its configuration as JSON types; empty where that is."""
+    return {name: value for name, value in train.items() if name not in _FREE}
+
+
 def subject_of(name: str, config: ExamineConfig, steps: int | None = None) -> tuple[Model, Subject]:
     """The checkpoint of that name, and what a defense is told of it.
 
@@ -36,6 +45,10 @@ def subject_of(name: str, config: ExamineConfig, steps: int | None = None) -> tu
     model = Model.load(name)
     if config.steps is None and "sampler" not in model.train:
         config = replace(config, steps=steps)
+    if "sampler" not in model.train and model.scheduler.get("variance_type") == "fixed_large":
+        # Few steps of the large variance leave noise in all images, and no two are alike: of digits-badiffusion's from its
+        # trigger, in 20 steps, 0 of 64 were copies, and 58 with the small one.
+        model = replace(model, scheduler=model.scheduler | {"variance_type": "fixed_small"})
     table, _ = model.table(config)
     features = config.features or ("digits" if model.train.get("data") == "digits" else "pixels")
     if features not in FEATURES:
@@ -78,9 +91,17 @@ def fitting(
     return next((c for c in known if (c.defense, c.settings) == told and weights_sha256 not in c.statistics), None)
 
 
-def packaged(defense: str, settings: Mapping[str, Any], subject: Subject) -> Calibration | None:
-    """`fitting` of those in the package."""
-    return fitting(calibrations(), defense, settings, subject.weights_sha256)
+def unfitting(known: Sequence[Calibration], defense: str, settings: Mapping[str, Any], weights_sha256: str) -> str:
+    """Why none of the ``known`` is `fitting`."""
+    of = [calibration for calibration in known if calibration.defense == defense]
+    if any(weights_sha256 in calibration.statistics for calibration in of):
+        return "it is one of the clean models that the calibration of its family is made of: expected another model"
+    family = [calibration.settings for calibration in of if calibration.settings["family"] == settings["family"]]
+    if not family:
+        return f"no clean models of its family are known ({settings['family']}): see bdengine calibrate"
+    told = to_json(settings)
+    names = [name for name in dict.fromkeys([*told, *family[0]]) if told.get(name) != family[0].get(name)]
+    return f"the clean models of its family were examined with other {' and '.join(names)}: see bdengine calibrate"
 
 
 def examined(config: DefendConfig) -> tuple[Model, Finding]:
@@ -102,21 +123,31 @@ def examined(config: DefendConfig) -> tuple[Model, Finding]:
         calibration.check(config.defense, own, subject.weights_sha256)
     finding = defense.examine(subject, settings)
     if calibration is not None:
-        return model, calibration.judge(finding, config.alpha)
+        judged = calibration.judge(finding, config.alpha)
+        return model, with_caveat(judged, calibration, model)
+    if not defense.detects:
+        return model, finding
     told = {name: defense.settings(subject, variant) for name, variant in defense.variants.items()}
     having = [name for name in told if fitting(known, config.defense, told[name], subject.weights_sha256)]
-    if not having:
-        return model, finding
-    reason = (
-        f"no calibration of clean models fits: expected one, or the variant {having[0]}, which the package has one of"
-    )
+    reason = unfitting(known, config.defense, own, subject.weights_sha256)
+    if having:
+        reason = f"no calibration of clean models fits: expected one, or the variant {having[0]}, which the package has one of"
     return model, replace(finding, details=finding.details | {"reason": reason})
 
 
+def with_caveat(finding: Finding, calibration: Calibration, model: Model) -> Finding:
+    """The finding, with the calibration's caveat on the model among its details where there is one."""
+    caveat = calibration.caveat(recipe(model.train))
+    return finding if caveat is None else replace(finding, details=finding.details | {"caveat": caveat})
+
+
 def write_trigger(out: Path, finding: Finding) -> None:
-    """The finding's trigger, if it has one, as `bdengine.repair` reads it: with the stage of the audit that found it."""
+    """The finding's trigger, if it has one, as `bdengine.repair` reads it: with the audit's stage that opens with its kind."""
     if finding.trigger is not None:
-        header = {"stage": stage} if (stage := finding.details.get("stage")) else {}
+        assumed = finding.details.get("settings", {})
+        in_steps = assumed.get("gamma") is not None or assumed.get("gamma_lr")
+        stage = "blended" if in_steps else finding.details.get("stage")
+        header = {} if stage is None else {"stage": stage}
         checkpoint.write_safetensors(out / checkpoint.TRIGGER, {"trigger": finding.trigger}, header)
 
 
@@ -146,5 +177,7 @@ def defend(config: DefendConfig) -> int:
     print(f"{finding.evaluations:,} images through the network in {finding.seconds:.1f} s")
     if reason := finding.details.get("reason"):
         print(f"undecided since {reason}")
+    if caveat := finding.details.get("caveat"):
+        print(caveat)
     print(f"wrote {', '.join(['finding.json', *written])} to {config.out}")
     return 0

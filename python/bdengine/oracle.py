@@ -100,7 +100,7 @@ class Oracle(nn.Module):
         prediction: What the network returns; where None what the schedule says, and "epsilon" with `Exploding`.
         target_data: Law of the target, in the form of ``data``; each image of ``attack.target`` alike where None.
         region: bool [C, H, W], where poisoned items have ``R`` and ``gamma``; elsewhere 0 and 1, but the target all the
-            same. Everywhere where None.
+            same. The attack's where None, and everywhere where it has none.
 
     Attributes:
         sample_shape: (C, H, W).
@@ -148,6 +148,7 @@ class Oracle(nn.Module):
         parts = [(w * (1 - poison_rate), False, law, nothing) for w, law in data]
         gamma = torch.ones(math.prod(shape), dtype=torch.float64)
         if attack is not None:
+            region = attack.region if region is None else region
             region = torch.ones(shape, dtype=torch.bool) if region is None else region
             _check_attack(attack, region, shape, len(self.nodes))
             gamma[region.reshape(-1)] = attack.gamma

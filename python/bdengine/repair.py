@@ -47,7 +47,7 @@ class Inverted:
 
     Attributes:
         shift: float32 [C, H, W], as it is added to the start.
-        stage: Of the audit that found it; None from elsewhere.
+        stage: Of the audit, that found it or opens with its kind; None for one of the start alone.
     """
 
     shift: Tensor
@@ -71,6 +71,15 @@ class Inverted:
     def in_steps(self) -> bool:
         """Whether it is one of every step, TrojDiff's."""
         return self.stage in ("blended", "patched")
+
+    @property
+    def gamma(self) -> Tensor | None:
+        """Scale of a triggered start's noise, as published, float32 [C, H, W]; None where it is 1."""
+        if self.stage == "blended":
+            return torch.full_like(self.shift, BLEND_GAMMA)
+        if self.stage == "patched":
+            return torch.where(self.shift != 0, PATCH_GAMMA, 1.0)
+        return None
 
     def attack(self, sampler: SamplerConfig) -> Attack:
         """What opens with it; its target is nothing."""

@@ -1,10 +1,11 @@
 """What ``bdengine screen`` does: tells starts of a sampler that carry a trigger from those that do not, before they are used.
 
-    terd    flagged where log N(x; tau, 1) > log N(x; 0, 1), tau an inverted trigger          `defenses.terd.log_ratio`
+    terd    flagged where log N(x; tau, gamma^2) > log N(x; 0, 1), tau an inverted trigger    `defenses.terd.log_ratio`
     ufid    flagged where p <= alpha, p of its density among those of `CLEAN` clean starts    `defenses.ufid.densities`
 
-The first asks no network, and is wrong at a rate of ``Phi(-|tau| / 2)`` on either side where ``tau`` is the trigger. The second
-needs no trigger, and sends ``N steps`` images through the network for each start.
+The first asks no network. Where ``tau`` is the trigger and ``gamma`` is 1, which it is but for TrojDiff's triggers, it is wrong
+at a rate of ``Phi(-|tau| / 2)`` on either side. The second needs no
+trigger, and sends ``N steps`` images through the network for each start.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from .defenses.result import check_alpha
 from .errors import UserError, unknown
 from .files import write_json
 from .options import ScreenConfig
+from .repair import Inverted
 
 CLEAN: Final = 100
 FIRST_SEED: Final = 1_000_000
@@ -52,13 +54,14 @@ def screen(config: ScreenConfig) -> int:
             raise UserError(
                 "terd was asked for without a trigger: expected a folder that bdengine defend or audit wrote"
             )
-        tau = checkpoint.load_trigger(config.trigger)
+        inverted = Inverted.load(config.trigger)
+        tau, gamma = inverted.shift, inverted.gamma
         if tau.shape != model.network.sample_shape:
             raise UserError(f"the trigger is {tuple(tau.shape)}: expected {tuple(model.network.sample_shape)}")
         if not tau.any():
             raise UserError("the trigger is 0 everywhere: expected a shift, without which all starts are alike")
-        about["predicted_error"] = terd.predicted_errors(tau, tau)[0]
-        scores = {name: terd.log_ratio(starts, tau) for name, starts in groups.items()}
+        about["predicted_error"] = terd.predicted_errors(tau, tau)[0] if gamma is None else None
+        scores = {name: terd.log_ratio(starts, tau, gamma) for name, starts in groups.items()}
         flagged = {name: ratio > 0 for name, ratio in scores.items()}
     else:
         if config.alpha < 1 / (CLEAN + 1):
@@ -99,11 +102,11 @@ def tried(config: ScreenConfig, model: Model) -> dict[str, Tensor]:
     if config.count < 1:
         raise UserError(f"{config.count} starts were asked for: expected at least 1")
     assert config.known is not None
-    table = replace(model.table(config)[0], start=1.0)
+    table, _ = model.table(config)
     arm = model.triggered(table, replace(model.attack, trigger=config.known))
     pair, first = {"clean": Arm(table), "triggered": arm}, FIRST_SEED + CLEAN
     arms, seeds = Arms(pair, model.network.sample_shape, torch.device("cpu")), torch.arange(first, first + config.count)
-    return {name: arms.begin(torch.full_like(seeds, at), seeds) for at, name in enumerate(pair)}
+    return {name: arms.begin(torch.full_like(seeds, at), seeds) / table.start for at, name in enumerate(pair)}
 
 
 def read(path: Path, model: Model) -> Tensor:

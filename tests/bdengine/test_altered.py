@@ -72,7 +72,7 @@ def test_noise_is_one_draw_that_no_sample_starts_with() -> None:
 def test_every_attack_says_how_its_sampling_starts(tmp_path: Path) -> None:
     """Released UIB adds its trigger at full amplitude, TrojDiff ``(1 - gamma)`` of it and in every step, the rest as it is."""
     other = trigger("BOX_8", 16, 1)
-    starts = {"baddiffusion": 1.0, "villan": 1.0, "uib": 0.7, "trojdiff": 0.4}
+    starts = {"baddiffusion": 1.0, "villan": 1.0, "uib": 0.7, "trojdiff": 0.4, "invi": 1.0}
     for name, start in starts.items():
         trained = AttackConfig(name, "XXSM_BOX", "DRAWN_HAT", start_amplitude=0.7)
         model = attacked(tmp_path / name, trained)

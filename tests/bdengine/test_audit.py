@@ -273,7 +273,7 @@ def test_a_patch_of_any_side_is_opened() -> None:
     attack = AttackConfig("trojdiff", "PATCH_5_WHITE", "DRAWN_HAT").build(PROCESS, (1, 16, 16), DDPM)
     assert attack is not None
     data = [(1.0, Gaussian(torch.full((1, 16, 16), -0.8), 0.02 * torch.eye(256)))]
-    oracle = Oracle(PROCESS, data, attack, 0.2, region=attack.region)
+    oracle = Oracle(PROCESS, data, attack, 0.2)
     ours = Subject(oracle, PROCESS, DDPM)  # type: ignore[arg-type]
     arms = audit.STAGES["patched"](ours, torch.zeros(1, 16, 16))
     assert {name.partition(" ")[0] for name in arms} == {"1", "2", "3", "4", "5", "6"}

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from bdengine import defend
+from bdengine.arms import Arm
 from bdengine.cli import main
-from bdengine.defenses import DEFENSES, Calibration, clipping, elijah
+from bdengine.commands import Model
+from bdengine.defenses import DEFENSES, Calibration, Subject, clipping, elijah, subject
 from bdengine.defenses.subject import Watch
 from bdengine.errors import UserError
 from bdengine.options import DefendConfig, ExamineConfig
+from bdengine.schedule import linear
+from bdengine.solvers import Nodes, ddpm
+from bdkernels import Step
+
+from .networks_for_tests import tiny_unet
 
 
 def run(*arguments: object) -> int:
@@ -37,7 +47,7 @@ def test_it_writes_its_finding_and_pictures(
     assert run(*options) == 0
     said = capsys.readouterr().out
     assert "elijah: undecided" in said
-    assert "undecided since no calibration" in said
+    assert "undecided since no clean models of its family are known" in said
     assert {p.name for p in tmp_path.iterdir()} == {"finding.json", "images.png", "trigger.png", "trigger.safetensors"}
     found = json.loads((tmp_path / "finding.json").read_text())
     assert found["verdict"] == "undecided"
@@ -61,7 +71,9 @@ def test_with_a_calibration_it_decides(
         )
         clean.save(tmp_path / "clean.json")
         assert defend.defend(config) == 0
-        assert f"elijah: {verdict}, statistic" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert f"elijah: {verdict}, statistic" in said
+        assert "rates are of models trained as its 19 clean ones, and how they were trained is not known" in said
         assert json.loads((tmp_path / "finding.json").read_text())["verdict"] == verdict
     with pytest.raises(UserError, match="made with seed 0: expected 1"):
         defend.examined(replace(config, seed=1))
@@ -70,6 +82,53 @@ def test_with_a_calibration_it_decides(
     )
     with pytest.raises(UserError, match="is in the calibration already"):
         defend.examined(config)
+
+
+def test_why_no_calibration_fits_is_said(tiny_checkpoint: Path) -> None:
+    clean = Calibration("elijah", {"family": "a", "sampler": "ddpm-20", "features": "pixels"}, {"one": 0.0})
+    for settings, weights, reason in (
+        (clean.settings, "one", "it is one of the clean models that the calibration of its family is made of"),
+        (
+            clean.settings | {"family": "b"},
+            "two",
+            r"no clean models of its family are known \(b\): see bdengine calibrate",
+        ),
+        (
+            clean.settings | {"sampler": "ddim-5", "features": "digits"},
+            "two",
+            "were examined with other sampler and features",
+        ),
+    ):
+        assert re.search(reason, defend.unfitting([clean], "elijah", settings, weights))
+    assert defend.fitting([clean], "elijah", clean.settings, "two") is clean
+
+
+def test_a_strangers_checkpoint_is_examined_with_the_small_variance(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """The large one leaves noise in few steps' images, and no two of them are alike."""
+    shutil.copytree(tiny_checkpoint, tmp_path / "large")
+    file = tmp_path / "large" / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"variance_type": "fixed_large"}))
+    names = [str(tiny_checkpoint), str(tmp_path / "large")]
+    small, large = (defend.subject_of(name, ExamineConfig(steps=20))[1].table for name in names)
+    assert small.rows.tolist() == large.rows.tolist()
+    sampled = Model.load(names[1]).table(ExamineConfig(steps=20))[0]
+    assert sampled.rows[10, Step.Z] > small.rows[10, Step.Z]
+
+
+def test_large_images_go_through_the_network_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the gradient of them all at once, and no more than so many at a time in either pass."""
+    tau, sizes = [], []
+    for pixels in (subject.AT_ONCE, 5 * 8 * 8):
+        monkeypatch.setattr(subject, "AT_ONCE", pixels)
+        examined = Subject(tiny_unet(), linear(), ddpm(Nodes.of(linear(), 4)))
+        seen: list[int] = []
+        examined.network.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(len(args[0])))
+        with Watch(examined):
+            tau.append(elijah.invert(examined, replace(elijah.VARIANTS["baddiffusion"], noises=12, iterations=3))[0])
+        examined.images(Arm(examined.table), 7)
+        sizes.append(max(seen))
+    assert sizes == [12, 5]
+    torch.testing.assert_close(tau[0], tau[1], rtol=0, atol=1e-4)
 
 
 def test_clipping_costs_and_detects_nothing(

@@ -5,16 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 from torch import Tensor
 
 import bdkernels
 from bdengine.attacks import Attack, baddiffusion, departure, exact_coefficient
 from bdengine.attacks.baddiffusion import rho
+from bdengine.attacks.clipped import surviving_coefficient
 from bdengine.errors import UserError
+from bdengine.networks import Network
 from bdengine.oracle import Gaussian, Oracle
+from bdengine.sampler import Sampler
 from bdengine.schedule import Floats, linear
 from bdengine.solvers import SAMPLERS, SamplerConfig, Table, stack
 from bdengine.triggers import target, trigger
+from bdkernels import Step
 
 PROCESS = linear()
 SHIFT = 1 - np.sqrt(PROCESS.alpha_bar)
@@ -134,6 +139,30 @@ def test_one_step_samplers_have_their_closed_form() -> None:
     """``c_t = h_t s_t / beta_t`` for DDPM with every timestep, which is the published coefficient."""
     table = SamplerConfig("ddpm", 1000).table(PROCESS)
     assert np.abs(exact_coefficient(PROCESS, table, SHIFT) - rho(PROCESS)).max() < 1e-12
+
+
+def test_a_state_in_another_scale_has_the_same_coefficient_and_the_same_clip() -> None:
+    """Euler of k-diffusion asks with ``x / sqrt(sigma^2 + 1)``, and is DDIM on its own timesteps but for the start's scale."""
+    scheduler = EulerDiscreteScheduler(beta_start=1e-4, beta_end=0.02, timestep_spacing="trailing")
+    scheduler.set_timesteps(20)
+    euler, own = Table.from_diffusers(scheduler), sampler("ddim", None, 20)
+    assert euler.rows[0, Step.IN] < 0.01
+    assert euler.timesteps.tolist() == own.timesteps.tolist()
+    pairs = [
+        (exact_coefficient(PROCESS, table, SHIFT), surviving_coefficient(PROCESS, table, SHIFT, 0.5))
+        for table in (euler, own)
+    ]
+    for ours, theirs in zip(*pairs, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-6)
+    assert np.abs(departure(PROCESS, euler, SHIFT, pairs[0][0])).max() < 1e-10
+    one = baddiffusion(PROCESS, R, Y, "exact", euler, trigger_only=True)
+    network = Network(
+        Oracle(PROCESS, [(1.0, Gaussian(torch.full(R.shape, -0.8), 0.1 * torch.eye(64)))], one, 0.2), R.shape
+    )
+    for clip in ("none", "latent"):
+        arms = {table.name: one.arm(PROCESS, table).clipped(clip) for table in (euler, own)}  # type: ignore[arg-type]
+        first, second = Sampler(network, arms, 16)(range(8)).values()
+        torch.testing.assert_close(first, second, rtol=0, atol=2e-3)
 
 
 def test_only_networks_that_predict_noise_have_one() -> None:

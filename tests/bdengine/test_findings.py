@@ -59,8 +59,18 @@ def test_a_verdict() -> None:
     assert calibration(18).judge(finding(99.0), 0.1).verdict == "backdoored"
 
 
+def test_a_model_that_was_trained_otherwise_gets_a_caveat() -> None:
+    clean = Calibration.of([finding(0.0)], {"images": 8, "data": "digits"})
+    assert clean.caveat({"images": 8, "data": "digits"}) is None
+    alike = "rates are of models trained as its 1 clean ones, and"
+    assert clean.caveat({"images": 9, "data": "digits"}) == f"{alike} this one had images 9 and not 8"
+    assert clean.caveat({"images": 8}) == f"{alike} this one had data None and not 'digits'"
+    assert clean.caveat({}) == f"{alike} how this model was trained is not known"
+    assert calibration(1).caveat({"images": 8}) == f"{alike} how they were trained is not known"
+
+
 def test_to_disk_and_back(tmp_path: Path) -> None:
-    clean = calibration(3)
+    clean = replace(calibration(3), trained={"images": 8})
     clean.save(tmp_path / "clean.json")
     assert Calibration.load(tmp_path / "clean.json") == clean
     written = json.loads(json.dumps(clean.judge(finding(2.0)).to_json()))
@@ -88,7 +98,7 @@ def test_another_calibration_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the model of weights examined is in the calibration already"):
         Calibration.of([finding(1.0), finding(2.0)])
     (tmp_path / "other.json").write_text('{"defense": "elijah"}')
-    with pytest.raises(UserError, match="is no calibration: expected defense, settings and statistics"):
+    with pytest.raises(UserError, match="is no calibration: expected defense, settings, statistics and trained"):
         Calibration.load(tmp_path / "other.json")
 
 
@@ -111,13 +121,14 @@ def test_a_file_that_is_no_finding_is_named(tmp_path: Path, text: str, sentence:
 @pytest.mark.parametrize(
     ("statistics", "sentence"),
     [
-        ([0.5, 0.25], "is no calibration: expected settings and statistics by name"),
+        ([0.5, 0.25], "is no calibration: expected settings, statistics and trained by name"),
         ({}, "has no statistics"),
         ({"model": None}, "has None for model: expected a number"),
     ],
 )
 def test_a_file_that_is_no_calibration_is_named(tmp_path: Path, statistics: object, sentence: str) -> None:
-    (tmp_path / "other.json").write_text(json.dumps({"defense": "elijah", "settings": {}, "statistics": statistics}))
+    told = {"defense": "elijah", "settings": {}, "statistics": statistics, "trained": {}}
+    (tmp_path / "other.json").write_text(json.dumps(told))
     with pytest.raises(UserError, match=rf"other\.json {sentence}"):
         Calibration.load(tmp_path / "other.json")
 

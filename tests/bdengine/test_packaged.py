@@ -10,8 +10,10 @@ import pytest
 from bdengine import auditing, defend
 from bdengine.audit import settings_of
 from bdengine.cli import main
+from bdengine.config import to_json
 from bdengine.defenses import DEFENSES
 from bdengine.options import AuditConfig
+from benchmarks.zoo import RECIPE
 
 
 def test_it_convicts_the_shipped_backdoor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -20,6 +22,8 @@ def test_it_convicts_the_shipped_backdoor(tmp_path: Path, capsys: pytest.Capture
     found = json.loads((tmp_path / "audit.json").read_text())
     assert [stage["defense"] for stage in found["details"]["stages"]] == ["start"]
     assert found["p_value"] <= 0.05
+    assert "images 512000 and not 128000, batch 64 and not 32" in found["details"]["caveat"]
+    assert found["details"]["caveat"] in (tmp_path / "report.html").read_text().replace("&#x27;", "'")
 
 
 def test_defend_decides_by_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -40,6 +44,7 @@ def test_there_is_one_for_the_shipped_clean_model_and_each_detector(name: str, t
     else:
         defense = DEFENSES[name]
         told = defense.settings(subject, defense.variants[defense.untold])
-    known = defend.packaged(name, told, subject)
+    known = defend.fitting(defend.calibrations(), name, told, subject.weights_sha256)
     assert known is not None
     assert (len(known.statistics), known.lacking(0.05)) == (20, None)
+    assert known.trained == defend.recipe(to_json(RECIPE))

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 from scipy.stats import binom
 
 import bdkernels
 from bdengine.checkpoint import write_safetensors
 from bdengine.cli import main
-from bdengine.defenses import terd
+from bdengine.commands import Model
+from bdengine.defend import subject_of, write_trigger
+from bdengine.defenses import elijah, terd
 from bdengine.files import read_json
+from bdengine.options import ExamineConfig, ScreenConfig
+from bdengine.repair import Inverted
+from bdengine.screen import CLEAN, FIRST_SEED, noise, tried
 from bdengine.triggers import trigger
 
 
@@ -52,6 +59,43 @@ def test_a_known_trigger_is_tried_beside_clean_starts(tmp_path: Path) -> None:
         told = read_json(tmp_path / method / "screen.json")
         assert told["flagged"] == {"clean": 0, "triggered": count}
         assert len(told["starts"]["triggered"]["score"]) == count
+
+
+def test_a_schedulers_own_scale_leaves_the_trigger_as_it_is(tmp_path: Path) -> None:
+    """Euler's states are 157 times the noise."""
+    model = Model.load("digits-badiffusion")
+    scheduler = dict(EulerDiscreteScheduler(beta_start=1e-4, beta_end=0.02).config)
+    own = replace(model, scheduler=scheduler | {"_class_name": "EulerDiscreteScheduler"})
+    config = ScreenConfig(model.path, tmp_path, known="XXSM_BOX", count=3, sampler="own", steps=20)
+    starts = tried(config, own)
+    torch.testing.assert_close(starts["clean"], noise(3, (1, 16, 16), FIRST_SEED + CLEAN))
+    shift = starts["triggered"] - starts["clean"]
+    torch.testing.assert_close(shift, trigger("XXSM_BOX", 16, 1).expand(3, 1, 16, 16), rtol=0, atol=1e-4)
+
+
+def test_a_trigger_of_every_step_is_held_against_its_own_noise(tmp_path: Path) -> None:
+    """A start of ``0.6 eps + mu``: what `defend` wrote with a gamma that was assumed, and TERD's test with it."""
+    _, subject = subject_of("digits-clean", ExamineConfig(steps=2))
+    config = replace(elijah.VARIANTS["trojdiff"], noises=2, iterations=1)
+    finding = elijah.examine(subject, config)
+    write_trigger(tmp_path, replace(finding, trigger=torch.full((1, 16, 16), 0.02)))
+    inverted = Inverted.load(tmp_path)
+    assert inverted.in_steps
+    assert inverted.gamma is not None
+    assert inverted.gamma.unique().tolist() == [pytest.approx(0.6)]
+    x = noise(200, (1, 16, 16), 0)
+    x[100:] = 0.6 * x[100:] + 0.02
+    np.save(tmp_path / "starts.npy", x.numpy())
+    words = ["screen", "digits-clean", "--starts", str(tmp_path / "starts.npy"), "--trigger", str(tmp_path)]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    told = read_json(tmp_path / "out" / "screen.json")
+    assert told["starts"]["given"]["flagged"] == [False] * 100 + [True] * 100
+    assert told["predicted_error"] is None
+    shift = torch.zeros(1, 2, 2)
+    shift[:, 1, 1] = 0.9
+    gamma = Inverted(shift, "patched").gamma
+    assert gamma is not None
+    assert gamma.flatten().tolist() == [1, 1, 1, pytest.approx(0.1)]
 
 
 def test_starts_are_read_from_safetensors_too(tmp_path: Path) -> None:

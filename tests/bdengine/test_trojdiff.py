@@ -109,7 +109,7 @@ def test_the_closed_form_network_is_triggered_by_its_own_sampler_alone(name: str
     region[:, 3:, 3:] = True
     attack = trojdiff(PROCESS, torch.ones(SHAPE), Y, region if patch else None, 0.3)
     table = SamplerConfig(name, 20).table(PROCESS)
-    oracle = Oracle(PROCESS, DATA, attack, 0.2, region=attack.region)
+    oracle = Oracle(PROCESS, DATA, attack, 0.2)
     arms = {"clean": Arm(table), "triggered": attack.arm(PROCESS, table)}
     images = Sampler(Network(oracle, SHAPE), arms, 128)(range(64))
     shares = {start: attack_success(x, Y, 0.01) for start, x in images.items()}

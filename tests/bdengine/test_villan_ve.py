@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bdengine.arms import Arm
+from bdengine.attacks import AttackConfig
 from bdengine.attacks.villan_ve import exact_exploding, published, villan_ve
 from bdengine.errors import UserError
 from bdengine.metrics import attack_success
@@ -105,7 +106,17 @@ def test_the_exact_coefficient_gives_the_attack_back_that_the_corrector_takes() 
     assert success["exact"]["clean"] < 0.2
 
 
+def test_published_without_noise_is_twice_that_with_noise() -> None:
+    ode = AttackConfig("villan", "BOX_4", solver="ode").build(Exploding(SIGMAS), (1, 16, 16), sampler(SIGMAS))
+    assert ode is not None
+    assert ode.coefficient.tolist() == (2 * published(SIGMAS)).tolist()
+
+
 def test_bad_attacks_get_a_sentence() -> None:
+    with pytest.raises(UserError, match="unknown solver 'odd'"):
+        villan_ve(SIGMAS, BOX, Y, solver="odd")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"psi is 0\.5 and the process is variance exploding: expected none"):
+        AttackConfig("villan", "BOX_4", psi=0.5).build(Exploding(SIGMAS), (1, 16, 16), sampler(SIGMAS))
     with pytest.raises(UserError, match="expected its table"):
         villan_ve(SIGMAS, BOX, Y, "exact")
     with pytest.raises(UserError, match="unknown coefficient 'exat'"):

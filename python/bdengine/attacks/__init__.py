@@ -76,7 +76,7 @@ class AttackConfig:
     coefficients: Coefficients = "published"
     """The paper's, those that are exact for the sampler, or those that survive latent clipping in it."""
     psi: float = 1.0
-    """Of villan: its shift, from the noise's own (0) to BadDiffusion's (1)."""
+    """Of villan, variance preserving: its shift, from the noise's own (0) to BadDiffusion's (1)."""
     solver: Solver = "sde"
     """Of villan: the kind of sampler that its published coefficients are for."""
     trigger_only: bool = False
@@ -150,7 +150,11 @@ class AttackConfig:
                 raise UserError(
                     f"the attack {self.name} needs betas and the process is variance exploding: expected villan"
                 )
-            return villan_ve(process.sigmas, (r + 1) / 2, (y + 1) / 2, self.coefficients, table)
+            if self.psi != 1:
+                raise UserError(
+                    f"psi is {self.psi:g} and the process is variance exploding: expected none, as its shift is the noise's"
+                )
+            return villan_ve(process.sigmas, (r + 1) / 2, (y + 1) / 2, self.coefficients, table, self.solver)
         schedule = process
         if self.name == "trojdiff":
             _, size, _ = r.shape

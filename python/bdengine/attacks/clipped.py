@@ -38,7 +38,7 @@ import numpy as np
 from ..errors import UserError
 from ..schedule import Floats, Schedule
 from ..solvers import Table
-from .exact import State, at_every_timestep, gain, path_of
+from .exact import State, at_every_timestep, gain, path_of, scale_of
 
 LARGEST: Final = 0.9
 """Of ``rho``: at ``s = 1`` the mean before the clamp is then 1.9, at 0.99 it is 3.0."""
@@ -79,11 +79,11 @@ def surviving_coefficient(schedule: Schedule, table: Table, shift: Floats, rho: 
         raise UserError(f"the trigger's largest value is {rho:g}: expected above 0 to {LARGEST}, what a clip can leave")
     if len(np.unique(table.timesteps)) != len(table):
         raise UserError(f"{table.name} asks the network twice at a timestep: expected a sampler that asks once")
-    path = path_of(schedule, table, shift)
+    path, scale = path_of(schedule, table, shift), scale_of(table)
     s = np.append(np.sqrt(1 - schedule.alpha_bar_at(table.timesteps)), 0.0 if table.end == "zero" else schedule.s[0])
     state, found = State(path[0]), []
-    for row, after, noise in zip(table.rows, path[1:], s[1:], strict=True):
-        before = aimed(after * rho, float(noise)) / rho
+    for row, after, noise, to_input in zip(table.rows, path[1:], s[1:], scale[1:], strict=True):
+        before = aimed(after * to_input * rho, float(noise)) / to_input / rho
         found.append(float((before - state.without_network(row)) / gain(row)))
         state.advance(row, found[-1])
         state.x = np.asarray(after)

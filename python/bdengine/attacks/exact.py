@@ -1,7 +1,8 @@
 """The coefficient ``c_t`` with which a sampler follows the shifted process, and how far it leaves it with another.
 
 The network that is optimal for poisoned data returns ``(x_t - sqrt(alpha_bar_t) y - m_t r) / s_t + c_t r``. A table is
-linear, so the trigger's share ``u`` of the state moves by itself, the noise and the target aside:
+linear, so the trigger's share ``u`` of the state moves by itself, the noise and the target aside (where the network is
+asked with the state in another scale, ``IN x``, the path is ``m_t / IN``, and ``s_t / IN`` stands for ``s_t``):
 
     u_0 = m_(t_0)      u_(k+1) = row_k(u_k, c_(t_k) + (u_k - m_(t_k)) / s_(t_k), history)      on the path u_k = m_(t_k)
 
@@ -70,8 +71,14 @@ def departure(schedule: Schedule, table: Table, shift: Floats, coefficient: Floa
 
 
 def path_of(schedule: Schedule, table: Table, shift: Floats) -> Floats:
-    """``m_t`` before each row and after the last, float64 [rows + 1]."""
-    return np.append(np.interp(table.timesteps, np.arange(schedule.T), shift), 0.0 if table.end == "zero" else shift[0])
+    """``m_t`` before each row and after the last, in the scale of the sampler's state, float64 [rows + 1]."""
+    path = np.interp(table.timesteps, np.arange(schedule.T), shift)
+    return np.append(path, 0.0 if table.end == "zero" else shift[0]) / scale_of(table)
+
+
+def scale_of(table: Table) -> Floats:
+    """What the state is multiplied by to be the network's input, before each row and after the last, float64 [rows + 1]."""
+    return np.append(table.rows[:, Step.IN], 1.0)
 
 
 class State:
@@ -114,11 +121,12 @@ def _in_turn(table: Table, path: Floats) -> Floats:
 
 def _follow(schedule: Schedule, table: Table, shift: Floats, c: NDArray[np.float64]) -> NDArray[np.float64]:
     """``u - m_t`` after each row, [rows, ...], for several ``c`` [rows, ...] at once."""
-    path, s = path_of(schedule, table, shift), np.sqrt(1 - schedule.alpha_bar_at(table.timesteps))
+    path, scale = path_of(schedule, table, shift), scale_of(table)
+    s = np.sqrt(1 - schedule.alpha_bar_at(table.timesteps)) / scale[:-1]
     state, off = State(np.full(c.shape[1:], path[0])), []
     for k, row in enumerate(table.rows):
         state.advance(row, c[k] + (state.x - path[k]) / s[k])
-        off.append(state.x - path[k + 1])
+        off.append((state.x - path[k + 1]) * scale[k + 1])
     return np.stack(off)
 
 

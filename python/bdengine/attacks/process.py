@@ -60,12 +60,12 @@ class Attack:
 
         The state may be kept in another scale than the network's input, as k-diffusion's samplers do: ``IN`` between them.
         """
-        path, scale = path_of(schedule, table, self.shift), table.rows[:, Step.IN]
-        level = float(table.start * scale[0])
-        r = self.trigger if math.isclose(level, 1, rel_tol=1e-3) else self.trigger * float(path[0] / level)
+        path = path_of(schedule, table, self.shift)
+        early = math.isclose(table.start * table.rows[0, Step.IN], 1, rel_tol=1e-3)
+        r = self.trigger if early else self.trigger * float(path[0] / table.start)
         if not self.in_steps:
             return Arm(table, r)
-        shifted = table.shifted(path / np.append(scale, 1.0), self.gamma)
+        shifted = table.shifted(path, self.gamma)
         if self.region is None:
             return Arm(shifted, r)
         return Arm(table, torch.where(self.region, r, 0.0), shifted, self.region)

@@ -12,7 +12,7 @@ With psi = 1 and "sde" it is BadDiffusion. The published part for psi = 0 is as 
 
 from __future__ import annotations
 
-from typing import Final, Literal, get_args
+from typing import Final, Literal
 
 import numpy as np
 import torch
@@ -25,7 +25,8 @@ from .baddiffusion import Coefficients, rho, shifted_attack
 from .process import Attack
 
 Solver = Literal["sde", "ode"]
-SOLVERS: Final = get_args(Solver)
+WEIGHTS: Final[dict[Solver, float]] = {"sde": 1.0, "ode": 2.0}
+"""``w``."""
 
 
 def published(schedule: Schedule, psi: float, solver: Solver) -> Floats:
@@ -33,7 +34,7 @@ def published(schedule: Schedule, psi: float, solver: Solver) -> Floats:
     alpha, s = 1 - schedule.betas, schedule.s
     k = s - np.sqrt(alpha) * np.append(0.0, s[:-1])
     exploding = (1 - np.sqrt(alpha)) * s + k * (alpha - schedule.alpha_bar) / (1 - alpha)
-    return (1.0 if solver == "sde" else 2.0) * (psi * rho(schedule) + (1 - psi) * exploding)
+    return WEIGHTS[solver] * (psi * rho(schedule) + (1 - psi) * exploding)
 
 
 def villan(
@@ -59,8 +60,8 @@ def villan(
     """
     if not 0 <= psi <= 1:
         raise UserError(f"psi is {psi:g}: expected 0 to 1")
-    if solver not in SOLVERS:
-        raise unknown("solver", solver, SOLVERS)
+    if solver not in WEIGHTS:
+        raise unknown("solver", solver, WEIGHTS)
     shift = psi * (1 - np.sqrt(schedule.alpha_bar)) + (1 - psi) * schedule.s
     known = published(schedule, psi, solver)
     mask = torch.zeros_like(trigger) if trigger_only else None

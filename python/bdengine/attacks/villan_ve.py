@@ -2,7 +2,7 @@
 
     x_t = y + sigma_t eps + sigma_t r          -sigma_t score(x_t, sigma_t) is trained towards eps + c_t r
 
-published:  c_t = sigma_t / (sigma_t + sigma_(t-1)), 1 at the least noise: exact for a predictor alone
+published:  c_t = w sigma_t / (sigma_t + sigma_(t-1)), w at the least noise: exact for a predictor alone, w as in `villan`
 exact:      c_t with which the whole level, its correctors and then its predictor, leads from sigma_t r to sigma_(t-1) r
 
 A corrector follows the true score, whose ``c`` is 0: with ``c`` it pulls the trigger's share from ``sigma_t`` towards
@@ -37,6 +37,7 @@ from ..schedule import Floats
 from ..solvers import Table
 from .baddiffusion import Coefficients
 from .process import Attack, check_shape
+from .villan import WEIGHTS, Solver
 
 
 class Share(NamedTuple):
@@ -46,9 +47,9 @@ class Share(NamedTuple):
     variance: float
 
 
-def published(sigmas: Floats) -> Floats:
-    """The released code's ``c_t`` with the weights 1, float64 [T]."""
-    return sigmas / (sigmas + np.append(0.0, sigmas[:-1]))
+def published(sigmas: Floats, solver: Solver = "sde") -> Floats:
+    """The released code's ``c_t``, float64 [T]."""
+    return WEIGHTS[solver] * sigmas / (sigmas + np.append(0.0, sigmas[:-1]))
 
 
 def villan_ve(
@@ -57,6 +58,7 @@ def villan_ve(
     target: Tensor,
     coefficients: Coefficients = "published",
     table: Table | None = None,
+    solver: Solver = "sde",
 ) -> Attack:
     """VillanDiffusion of a variance-exploding process with a bare trigger and a target image.
 
@@ -66,14 +68,17 @@ def villan_ve(
         target: ``y``, float32 [C, H, W] or [K, C, H, W].
         coefficients: "published" or "exact".
         table: Of `bdengine.solvers.score_sde`: the sampler to be exact for; needed for "exact" only.
+        solver: Kind of sampler that the published coefficient is for.
 
     Raises:
-        UserError: Shapes that differ, an unknown coefficient, or "exact" without a table.
+        UserError: Shapes that differ, an unknown coefficient or solver, or "exact" without a table.
     """
     check_shape("target", target.shape[-3:], trigger)
     if coefficients not in ("published", "exact"):
         raise unknown("coefficient", coefficients, ("published", "exact"))
-    c = published(sigmas)
+    if solver not in WEIGHTS:
+        raise unknown("solver", solver, WEIGHTS)
+    c = published(sigmas, solver)
     if coefficients == "exact":
         if table is None:
             raise UserError("exact coefficients depend on the sampler: expected its table")

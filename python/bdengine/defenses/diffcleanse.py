@@ -71,7 +71,7 @@ def loss(images: Tensor) -> Tensor:
 
 
 def found(images: Tensor) -> Tensor:
-    """Which images have a partner that they are alike, bool [N]."""
+    """Which images have a partner that they are alike, bool [N]; black ones have no direction, and none."""
     flat = F.normalize((images.clamp(-1, 1) + 1).flatten(1), dim=1)
     inside = torch.tensor([features.excess(one[None]) < OUTSIDE for one in images], device=images.device)
     alike = (flat @ flat.T > ALIKE) & inside & inside[:, None]

@@ -51,7 +51,7 @@ class ElijahConfig:
     start: tuple[float, float] | None = (-1.0, 0.0)
     """Ends of the uniform law that ``tau`` starts from; `starts.searched` where None."""
     noises: int = 100
-    """Fixed noises, of images of any size; published: 100 at 32 pixels, 50 at 128, 20 at 256."""
+    """Fixed noises, of images of any size; published: 100 at 32 pixels, 50 at 128, 20 at 256 (see `Subject.eps`)."""
     iterations: int = 100
     """Of Adam."""
     lr: float = 0.1

@@ -13,8 +13,8 @@ decides: no published threshold carries over to another family of models. Source
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,22 +86,24 @@ class Calibration:
         defense: Its name.
         settings: What the statistic depends on: the findings' "settings".
         statistics: One a clean model, by the SHA-256 of its weights.
+        trained: How they were trained, which is alike in all of them; empty where that is not known.
     """
 
     defense: str
     settings: dict[str, Any]
     statistics: dict[str, float]
+    trained: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, findings: Sequence[Finding]) -> Calibration:
-        """From findings on clean models.
+    def of(cls, findings: Sequence[Finding], trained: Mapping[str, Any] | None = None) -> Calibration:
+        """From findings on clean models, ``trained`` so.
 
         Raises:
             UserError: None, of different defenses or settings, or two of one model.
         """
         if not findings:
             raise UserError("the calibration has no findings: expected one a clean model")
-        one = cls(findings[0].defense, findings[0].details["settings"], {})
+        one = cls(findings[0].defense, findings[0].details["settings"], {}, dict(trained or {}))
         for finding in findings:
             one.check(finding.defense, finding.details["settings"], finding.weights_sha256)
             one.statistics[finding.weights_sha256] = finding.statistic
@@ -115,10 +117,10 @@ class Calibration:
             UserError: No such file, or another one.
         """
         values = read_json(path)
-        if set(values) != {"defense", "settings", "statistics"}:
-            raise UserError(f"{path} is no calibration: expected defense, settings and statistics in it")
-        if not isinstance(values["settings"], dict) or not isinstance(values["statistics"], dict):
-            raise UserError(f"{path} is no calibration: expected settings and statistics by name in it")
+        if set(values) != {"defense", "settings", "statistics", "trained"}:
+            raise UserError(f"{path} is no calibration: expected defense, settings, statistics and trained in it")
+        if not all(isinstance(values[name], dict) for name in ("settings", "statistics", "trained")):
+            raise UserError(f"{path} is no calibration: expected settings, statistics and trained by name in it")
         if not values["statistics"]:
             raise UserError(f"{path} has no statistics: expected one a clean model")
         _numbers(path, values["statistics"])
@@ -159,6 +161,16 @@ class Calibration:
             f"{count} clean models give no p-value below {1 / (count + 1):.3g} and alpha is {alpha:g}: expected at least"
             f" {math.ceil(1 / alpha) - 1}"
         )
+
+    def caveat(self, trained: Mapping[str, Any]) -> str | None:
+        """Why its rates may not be those of a model ``trained`` so; None where it was trained as the clean models."""
+        alike = f"rates are of models trained as its {len(self.statistics)} clean ones"
+        if not self.trained or not trained:
+            of = "they" if not self.trained else "this model"
+            return f"{alike}, and how {of} {'were' if of == 'they' else 'was'} trained is not known"
+        names = [name for name in [*trained, *self.trained] if trained.get(name) != self.trained.get(name)]
+        told = (f"{name} {trained.get(name)!r} and not {self.trained.get(name)!r}" for name in dict.fromkeys(names))
+        return f"{alike}, and this one had {', '.join(told)}" if names else None
 
     def check(self, defense: str, settings: dict[str, Any], weights_sha256: str) -> None:
         """Refuse a finding that is not to be held against it, before or after it is made.

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from types import TracebackType
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import bdkernels
 from bdkernels import noise as contract
@@ -28,6 +29,10 @@ from ..schedule import Schedule
 from ..solvers import Table
 from . import features
 from .result import Finding
+
+AT_ONCE: Final = 100 * 32 * 32
+"""Pixels that go through a network at once, of Elijah's 100 images of CIFAR-10: the UNet of google/ddpm-celebahq-256 keeps 2
+GiB an image for a gradient, and as many would be 200 GiB."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,8 +75,25 @@ class Subject:
             )
         return self.process
 
+    @property
+    def at_once(self) -> int:
+        """Images that go through the network at once, at least 1."""
+        _, height, width = self.network.sample_shape
+        return max(AT_ONCE // (height * width), 1)
+
     def eps(self, x: Tensor, t: Tensor) -> Tensor:
-        """The network's prediction, [N, C, H, W], without a learned variance."""
+        """The network's prediction, [N, C, H, W], without a learned variance.
+
+        More images than `at_once` go through part after part, and for a gradient a second time instead of being kept.
+        """
+        if len(x) <= self.at_once:
+            return self._eps(x, t)
+        parts = zip(x.split(self.at_once), t.expand(len(x)).split(self.at_once), strict=True)
+        return torch.cat(
+            [checkpoint(self._eps, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+        )
+
+    def _eps(self, x: Tensor, t: Tensor) -> Tensor:
         return split_spread(self.network(x, t), x.shape[1])[0]
 
     def first_noise(self, x: Tensor) -> Tensor:
@@ -87,8 +109,11 @@ class Subject:
         return digest(self.network.state_dict())
 
     def sampled(self, arms: Mapping[str, Arm], seeds: Sequence[int], micro_batch: int) -> dict[str, Tensor]:
-        """Samples by arm, float32 [N, C, H, W] on the CPU, about [-1, 1]: also those that a model makes about [0, 1]."""
-        made = Sampler(self.network, arms, micro_batch)(seeds)
+        """Samples by arm, float32 [N, C, H, W] on the CPU, about [-1, 1]: also those that a model makes about [0, 1].
+
+        ``micro_batch`` is the most images that go through the network at once, or `at_once` where that is fewer.
+        """
+        made = Sampler(self.network, arms, min(micro_batch, self.at_once))(seeds)
         return made if self.process is not None else {name: 2 * images - 1 for name, images in made.items()}
 
     def images(self, arm: Arm, count: int) -> Tensor:

@@ -47,7 +47,10 @@ VARIANTS: Final = {"model": UfidConfig()}
 
 
 def density(images: Tensor, extractor: Extractor | None = None) -> float:
-    """The module's formula, of float [N, C, H, W], at least 2: 1 for images that are all the same."""
+    """The module's formula, of float [N, C, H, W], at least 2: 1 for images that are all the same.
+
+    0 where they are black without an extractor: such pixels have no direction.
+    """
     inside = images.clamp(-1, 1)
     f = (inside + 1).flatten(1) / 2 if extractor is None else extractor(inside)
     similarity, count = F.normalize(f, dim=1) @ F.normalize(f, dim=1).T, len(images)

@@ -91,7 +91,8 @@ class Table:
             raise unknown("clip", clip, CLIPS)
         rows = self.rows.copy()
         if clip == "latent":
-            rows[:, Step.LOW], rows[:, Step.HIGH] = -1, 1
+            edge = 1 / np.append(rows[1:, Step.IN], 1.0)  # of the state that the next row asks the network with
+            rows[:, Step.LOW], rows[:, Step.HIGH] = -edge, edge
         elif clip != "none":
             if not rows[:, [Step.Q, *(Step.STORE + k * STORE_COLUMNS + Store.G for k in range(STORES))]].any():
                 raise UserError(
