@@ -38,7 +38,7 @@ from bdengine.options import AuditConfig, DefendConfig
 from bdengine.triggers import class_of
 
 from .report import commit, exit_code
-from .zoo import CALIBRATE, RECIPE, clip_of, make, models
+from .zoo import CALIBRATE, RECIPE, make, models
 
 DETECTORS: Final = (AUDIT, *(name for name, defense in DEFENSES.items() if defense.detects))
 ALPHA: Final = 0.05
@@ -86,7 +86,7 @@ def keep(zoo: Path, name: str, finding: Finding) -> None:
         write_json(zoo / name / finding.defense / "finding.json", finding.to_json())
         write_trigger(zoo / name / finding.defense, finding)
     told = read_json(path) if path.exists() else {"settings": {}, "found": {}}
-    arms, clip = read_json(zoo / name / "scores.json")["arms"], clip_of(models(zoo)[name])
+    arms, clip = read_json(zoo / name / "scores.json")["arms"], models(zoo)[name].attack.clip
     told["scores"] = {
         "asr": arms["triggered"][clip]["asr"],
         **{of: arms["clean"]["none"][of] for of in ("frechet", "frechet_interval")},

@@ -32,7 +32,7 @@ from bdengine.solvers import Clip
 
 from .detection import cell, kind_of, rate
 from .report import commit, exit_code
-from .zoo import clip_of, clips_of, models
+from .zoo import clips_of, models
 
 ASR: Final = 0.05
 WORSE: Final = 1.3
@@ -50,7 +50,7 @@ def repair(zoo: Path, name: str) -> dict[str, Any]:
     after, _ = scored(left, EvaluateConfig(model.path, folder, images=IMAGES, clips=clips_of(run)))
     before = read_json(folder / "scores.json")
     stage = read_json(folder / AUDIT / "finding.json")["details"]["stage"]
-    told = {when: _told(scores["arms"], clip_of(run)) for when, scores in (("before", before), ("after", after))}
+    told = {when: _told(scores["arms"], run.attack.clip) for when, scores in (("before", before), ("after", after))}
     kind = kind_of(name, told["before"]["asr"])
     return told | {"kind": kind, "stage": stage, "seconds": about["seconds"]}
 

@@ -9,6 +9,7 @@ Files of ``benchmarks.scale``, ``detection`` and ``repairs`` make a line an axis
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -92,6 +93,9 @@ def filled(text: str) -> str:
 
 def main() -> int:
     """Entry point; returns 2 where a file is missing, 130 after Ctrl-C."""
+    argparse.ArgumentParser(
+        prog="benchmarks.tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     readme = ROOT / "README.md"
     return exit_code(lambda: write_atomic(readme, filled(readme.read_text())), "it begins anew")
 

@@ -89,14 +89,9 @@ def models(out: Path) -> dict[str, TrainConfig]:
     return dict(clean[:CALIBRATE]) | {name: run for _, name, run in sorted(later, key=lambda entry: entry[:2])}
 
 
-def clip_of(run: TrainConfig) -> Clip:
-    """Under which clip its trigger is made to work."""
-    return "latent" if run.attack.coefficients == "clipped" else "none"
-
-
 def clips_of(run: TrainConfig) -> tuple[Clip, ...]:
     """Under which clips it is scored: none, and that."""
-    return tuple(dict.fromkeys(("none", clip_of(run))))
+    return tuple(dict.fromkeys(("none", run.attack.clip)))
 
 
 def make(run: TrainConfig) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,10 +15,10 @@ from .arms import Arm
 from .audit import AUDIT_SEEDS, examine, lacking, settings_of, stages_of
 from .audit import audit as audited
 from .commands import Model
-from .config import claim, to_json
+from .config import claim, command, to_json
 from .defend import calibrations, chosen, fitting, recipe, subject_of, unfitting, with_caveat, write_trigger
 from .defenses import DEFENSES, Calibration, Finding
-from .defenses.result import check_alpha
+from .defenses.result import EXIT, check_alpha
 from .errors import UserError, unknown
 from .files import write_atomic, write_json
 from .options import AuditConfig, CalibrateConfig
@@ -27,8 +26,6 @@ from .options import AuditConfig, CalibrateConfig
 AUDIT: Final = "audit"
 STEPS: Final = 20
 """Of the sampler where neither the user nor the checkpoint says."""
-EXIT: Final = {"no evidence": 0, "backdoored": 1, "undecided": 3}
-"""Exit codes; 2 is a mistake's."""
 SHOWN: Final = 16
 SENTENCES: Final = {
     "backdoored": "This model has a backdoor.",
@@ -43,8 +40,9 @@ def audit(config: AuditConfig) -> int:
     model, subject = subject_of(config.checkpoint, config, STEPS)
     known, examined = calibrations(), (AUDIT, settings_of(subject), subject.weights_sha256)
     calibration = given or fitting(known, *examined)
-    if calibration is None:
-        print(f"it will end undecided, since {unfitting(known, *examined)}", file=sys.stderr)
+    reason = unfitting(known, *examined) if calibration is None else lacking(calibration, config.alpha)
+    if reason is not None:
+        print(f"it will end undecided, since {reason}", file=sys.stderr)
     stages, names, finding = audited(subject, calibration, config.alpha), stages_of(subject), None
     run = {name: value for name, value in to_json(config).items() if name != "out"}
     with tqdm(total=len(names), unit="stage", desc=names[0]) as bar:
@@ -56,7 +54,7 @@ def audit(config: AuditConfig) -> int:
     if finding is None:
         raise UserError("the audit has no stages for this model: expected at least one")
     if calibration is None:
-        finding = replace(finding, details=finding.details | {"reason": unfitting(known, *examined)})
+        finding = replace(finding, details=finding.details | {"reason": reason})
     else:
         finding = with_caveat(finding, calibration, model)
     write_json(config.out / "audit.json", finding.to_json() | {"run": run})
@@ -67,7 +65,7 @@ def audit(config: AuditConfig) -> int:
     print(f"{finding.verdict}: {sentence(finding)}")
     if caveat := finding.details.get("caveat"):
         print(caveat)
-    print(f"{finding.evaluations:,} images through the network in {finding.seconds:.1f} s")
+    print(f"{finding.evaluations:,} evaluations of the network in {finding.seconds:.1f} s")
     print(f"open {config.out / 'report.html'} (and audit.json beside it)")
     return EXIT[finding.verdict]
 
@@ -91,7 +89,6 @@ def page(config: AuditConfig, finding: Finding, model: Model, own: Tensor) -> st
     if finding.images is not None:
         marks += markup.mark(finding.images[0], "what it makes")
     rows = {"from plain noise": own} | ({} if made is None else {"from the shift": made})
-    command = ["bdengine", "audit", config.checkpoint, "--out", str(config.out)]
     return markup.page(
         "audit.html",
         f"Audit of {config.checkpoint}",
@@ -102,7 +99,7 @@ def page(config: AuditConfig, finding: Finding, model: Model, own: Tensor) -> st
         facts=markup.facts(_facts(finding)),
         samples="".join(_row(name, images) for name, images in rows.items()),
         stages=markup.scroll("Stages", _stages(finding)),
-        command=markup.text(shlex.join(command)),
+        command=markup.text(command(AUDIT, config)),
     )
 
 

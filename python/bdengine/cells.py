@@ -168,7 +168,7 @@ def score(config: MatrixConfig, attack: str, sampler: str, repaired: str | None 
         model = Model.load(str(config.cell(attack, repaired))).attacked_as(model)
     asked = EvaluateConfig(
         model.path, folder, images=config.images, sampler=sampler, steps=config.steps, threshold=config.threshold,
-        micro_batch=config.micro_batch, clips=("none",) if repaired else CLIPS,
+        micro_batch=config.micro_batch, clips=tuple(dict.fromkeys(("none", tried.clip))) if repaired else CLIPS,
         trigger=tried.trigger, target=tried.target,
     )  # fmt: skip
     scores, images = scored(model, asked)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "convert",
     "digest",
+    "holds_model",
     "load_scheduler_config",
     "load_state",
     "load_trigger",
@@ -84,6 +85,11 @@ def load_unet(path: str | Path) -> UNet2DModel:
     unet = _build(config, "cpu")
     unet.load_state_dict(tensors)
     return unet.eval()
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether a folder is a checkpoint itself, a pipeline's or a network's."""
+    return any((folder / name).exists() for name in ("model_index.json", "unet", WEIGHTS))
 
 
 def load_trigger(path: str | Path) -> Tensor:

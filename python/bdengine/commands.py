@@ -17,7 +17,7 @@ from .caching import Cached
 from .config import claim, from_json, to_json
 from .data import Images, load, to_float
 from .distributed import ALONE, Ranks, join
-from .errors import UserError
+from .errors import UserError, unknown
 from .evaluate import ClassTarget, Reference, against, sample_arms, score_arms
 from .extractors import Extractor, extractor_of
 from .files import read_json, remove_leftovers, write_json
@@ -30,7 +30,7 @@ from .schedule import Schedule
 from .seeds import Seeds
 from .shards import PngFiles, Shards
 from .shipped import find
-from .solvers import SamplerConfig, Table
+from .solvers import SAMPLERS, SamplerConfig, Table
 from .streamed import Streamed, statistics_of
 from .tasks import NO_TASK, Task, originals
 from .triggers import FROM_TRIGGER, LEARNED, class_of, trigger
@@ -57,10 +57,13 @@ class Model:
         """From a diffusers folder, a hub name or a shipped name.
 
         Raises:
-            UserError: Nothing there, or a broken or foreign file.
+            UserError: Nothing there, a broken or foreign file, or weights that are not finite.
         """
         path = find(name)
         network = Network(accelerate(checkpoint.load_unet(path))).to(device()).requires_grad_(False)
+        broken = next((of for of, weight in network.state_dict().items() if not weight.isfinite().all()), None)
+        if broken is not None:
+            raise UserError(f"{path} has weights in {broken} that are not finite: expected numbers")
         extra = Path(path) / checkpoint.EXTRA
         made_by = read_json(extra) if extra.is_file() else {}
         return cls(network, checkpoint.load_scheduler_config(path), made_by, path)
@@ -115,6 +118,8 @@ class Model:
         Raises:
             UserError: A sampler, or a number of steps, that does not fit the checkpoint.
         """
+        if said.sampler is not None and said.sampler not in (*SAMPLERS, OWN):
+            raise unknown("sampler", said.sampler, (*SAMPLERS, OWN))
         preserving = is_preserving(self.scheduler)
         name = OWN if said.sampler is None and not preserving else said.sampler
         if name == OWN:

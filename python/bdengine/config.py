@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import types
 import typing
 from collections.abc import Collection
@@ -70,7 +71,7 @@ def claim(file: Path, run: dict[str, Any], free: Collection[str] = ()) -> bool:
     """
     found = file.exists()
     if found:
-        before, now = (_flat({k: v for k, v in one.items() if k not in free}) for one in (read_json(file), run))
+        before, now = (flat({k: v for k, v in one.items() if k not in free}) for one in (read_json(file), run))
         for name in [*now, *before]:
             if before.get(name) != now.get(name):
                 raise UserError(
@@ -81,11 +82,25 @@ def claim(file: Path, run: dict[str, Any], free: Collection[str] = ()) -> bool:
     return found
 
 
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested objects by their dotted names."""
+    told: dict[str, Any] = {}
     for name, v in value.items():
-        flat |= _flat(v, f"{prefix}{name}.") if isinstance(v, dict) else {prefix + name: v}
-    return flat
+        told |= flat(v, f"{prefix}{name}.") if isinstance(v, dict) else {prefix + name: v}
+    return told
+
+
+def command(name: str, config: Any) -> str:
+    """The command line that makes ``config``, a dataclass of `bdengine.options`, of all that is not its default."""
+    words, options = ["bdengine", name], []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        told = [str(v) for v in value] if isinstance(value, tuple) else [str(value)]
+        if field.name in ("checkpoint", "checkpoints"):
+            words += told
+        elif value != field.default:
+            options += [f"--{field.name.replace('_', '-')}", *told]
+    return shlex.join([*words, *options])
 
 
 def _restore(name: str, hint: Any, value: Any) -> Any:

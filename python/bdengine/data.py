@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from bdengine.errors import UserError, unknown
+from bdengine.errors import UserError, absent
 
 if TYPE_CHECKING:
     import datasets
@@ -133,9 +133,7 @@ def load(source: str, size: int, channels: int, *, limit: int | None = None) -> 
     if source == "cifar10":
         return _from_rows(_cifar10(), source, size, channels, limit)
     if not source or not folder.exists():
-        if folder.name != source:
-            raise UserError(f"there is no folder {source!r}: expected one with images, or {' or '.join(DATASETS)}")
-        raise unknown("data set", source, (*DATASETS, "the path of a folder of images"))
+        raise absent("folder", source, f"one with images, or {' or '.join(DATASETS)}", DATASETS)
     if not folder.is_dir():
         raise UserError(f"{source!r} is a file: expected a folder of images, such as {str(folder.parent)!r}")
     if _tables(folder):

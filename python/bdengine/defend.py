@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,9 +10,9 @@ from typing import Any
 
 from . import checkpoint, pictures
 from .commands import Model
-from .config import to_json
+from .config import flat, from_json, to_json
 from .defenses import DEFENSES, Calibration, Defense, Finding, Subject
-from .defenses.result import check_alpha
+from .defenses.result import EXIT, check_alpha
 from .errors import UserError, unknown
 from .extractors import DigitFeatures
 from .files import write_json
@@ -20,6 +21,7 @@ from .own import in_unit_range, is_preserving
 from .schedule import Schedule
 from .seeds import check_seeds
 from .shipped import ASSETS
+from .train import TrainConfig
 
 FEATURES = ("digits", "pixels")
 
@@ -29,8 +31,15 @@ _FREE = ("out", "seed", "attack", "status", "snapshot", "micro_batch", "capture"
 
 
 def recipe(train: Mapping[str, Any]) -> dict[str, Any]:
-    """How a model was trained, of its configuration as JSON types; empty where that is."""
-    return {name: value for name, value in train.items() if name not in _FREE}
+    """How a model was trained, of its configuration as JSON types, by dotted names; empty where that is.
+
+    Raises:
+        UserError: It is none of `TrainConfig`.
+    """
+    if not train:
+        return {}
+    whole = to_json(from_json(TrainConfig, {"out": ""} | dict(train)))
+    return flat({name: value for name, value in whole.items() if name not in _FREE})
 
 
 def subject_of(name: str, config: ExamineConfig, steps: int | None = None) -> tuple[Model, Subject]:
@@ -104,8 +113,8 @@ def unfitting(known: Sequence[Calibration], defense: str, settings: Mapping[str,
     return f"the clean models of its family were examined with other {' and '.join(names)}: see bdengine calibrate"
 
 
-def examined(config: DefendConfig) -> tuple[Model, Finding]:
-    """The checkpoint, and the finding with its verdict.
+def examined(config: DefendConfig, warned: bool = False) -> tuple[Model, Finding]:
+    """The checkpoint, and the finding with its verdict; that it will have none is said first where ``warned``.
 
     Raises:
         UserError: As `chosen` and `Calibration.check`, or a calibration for what detects nothing.
@@ -121,18 +130,22 @@ def examined(config: DefendConfig) -> tuple[Model, Finding]:
         calibration = fitting(known, config.defense, own, subject.weights_sha256)
     else:
         calibration.check(config.defense, own, subject.weights_sha256)
+    reason = None if calibration is None else calibration.lacking(config.alpha)
+    if calibration is None and defense.detects:
+        told = {name: defense.settings(subject, variant) for name, variant in defense.variants.items()}
+        having = [name for name in told if fitting(known, config.defense, told[name], subject.weights_sha256)]
+        reason = unfitting(known, config.defense, own, subject.weights_sha256)
+        if having:
+            reason = (
+                f"no calibration of clean models fits: expected one, or the variant {having[0]}, which the package has one"
+                " of"
+            )
+    if reason is not None and warned:
+        print(f"it will end undecided, since {reason}", file=sys.stderr)
     finding = defense.examine(subject, settings)
     if calibration is not None:
-        judged = calibration.judge(finding, config.alpha)
-        return model, with_caveat(judged, calibration, model)
-    if not defense.detects:
-        return model, finding
-    told = {name: defense.settings(subject, variant) for name, variant in defense.variants.items()}
-    having = [name for name in told if fitting(known, config.defense, told[name], subject.weights_sha256)]
-    reason = unfitting(known, config.defense, own, subject.weights_sha256)
-    if having:
-        reason = f"no calibration of clean models fits: expected one, or the variant {having[0]}, which the package has one of"
-    return model, replace(finding, details=finding.details | {"reason": reason})
+        return model, with_caveat(calibration.judge(finding, config.alpha), calibration, model)
+    return model, finding if reason is None else replace(finding, details=finding.details | {"reason": reason})
 
 
 def with_caveat(finding: Finding, calibration: Calibration, model: Model) -> Finding:
@@ -167,17 +180,17 @@ def write_pictures(out: Path, model: Model, finding: Finding) -> list[str]:
 
 
 def defend(config: DefendConfig) -> int:
-    """Run ``bdengine defend``."""
-    model, finding = examined(config)
+    """Run ``bdengine defend``; returns `EXIT` of the verdict, 0 for a defense that detects nothing."""
+    model, finding = examined(config, warned=True)
     written = write_pictures(config.out, model, finding)
     run = {name: value for name, value in to_json(config).items() if name != "out"}
     write_json(config.out / "finding.json", finding.to_json() | {"run": run})
     p = "" if finding.p_value is None else f", p = {finding.p_value:.3g}"
     print(f"{finding.defense}: {finding.verdict}, statistic {finding.statistic:.6g}{p}")
-    print(f"{finding.evaluations:,} images through the network in {finding.seconds:.1f} s")
+    print(f"{finding.evaluations:,} evaluations of the network in {finding.seconds:.1f} s")
     if reason := finding.details.get("reason"):
         print(f"undecided since {reason}")
     if caveat := finding.details.get("caveat"):
         print(caveat)
     print(f"wrote {', '.join(['finding.json', *written])} to {config.out}")
-    return 0
+    return EXIT[finding.verdict] if DEFENSES[config.defense].detects else 0

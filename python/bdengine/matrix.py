@@ -3,7 +3,8 @@
 1. each attack is a training preset of the digits; a model that is nowhere yet is trained, and a clean one is a row as well;
 2. each sampler draws clean and triggered samples, unclipped, latent-clipped and x0-clipped, from the same seeds;
 3. each detector examines the model once, with the sampler that the model is made for;
-4. each removal repairs the model with the trigger that its detector inverted, and 2 follows once more, unclipped.
+4. each removal repairs the model with the trigger that its detector inverted, and 2 follows once more, unclipped, and under
+   the clip that the attack was made for.
 
 A unit of this work ends with a file; where that is, the unit is not done again. The tables are made of the files.
 """
@@ -123,17 +124,21 @@ def training(config: MatrixConfig, attack: str) -> Iterator[Unit]:
 
 def rows(config: MatrixConfig, attack: str, known: Sequence[Calibration]) -> Iterator[Row]:
     """The attack's lines of the table, from the files of its units, judged by the ``known`` calibrations."""
-    own = model_of(config, attack).train["sampler"]
+    model = model_of(config, attack)
+    own = model.train["sampler"]
     for defense in config.defenses:
         if kind_of(defense) in DETECTORS:
             folder = config.cell(attack, defense)
             finding = judged(Finding.load(folder / "finding.json"), known, config.alpha)
-            yield Row.of_finding(finding, (attack, defense, own["name"]), folder / "images.png")
+            picture = folder / "images.png"
+            names = (attack, defense, own["name"])
+            yield Row.of_finding(finding, names, picture.relative_to(config.out) if picture.exists() else None)
             continue
         repaired = [defense] if kind_of(defense) in REMOVALS else []
         spent = read_json(config.cell(attack, defense) / "repair.json")["seconds"] if repaired else 0.0
-        clip = "none" if repaired else defense
+        clips = ("none", model.attack.clip) if repaired else (defense, defense)
         for sampler in config.samplers:
             folder, made_for = config.cell(attack, *repaired, sampler), (sampler, config.steps)
             scores, is_own = read_json(folder / "scores.json"), made_for == (own["name"], own["steps"])
-            yield Row.of_scores(scores, clip, (attack, defense, sampler), folder / f"{clip}.png", is_own, spent)
+            picture = (folder / f"{clips[1]}.png").relative_to(config.out)
+            yield Row.of_scores(scores, clips, (attack, defense, sampler), picture, is_own, spent)

@@ -10,19 +10,22 @@ from typing import Any, Final
 
 from PIL import Image
 
-from . import markup
+from bdkernels import env
+
+from . import __version__, markup
 from .cells import MatrixConfig
-from .config import to_json
+from .config import command, to_json
 from .defenses import Finding
-from .files import json_text, write_atomic, write_json
+from .files import write_atomic, write_json
 
 MISSING: Final = "—"
 LABELS: Final = 3
 """Columns that say which cell it is; the rest are numbers."""
 NOTE: Final = (
     "Fréchet distance of clean samples to the data; MSE, SSIM and ASR of triggered samples to the target (of a class: the share"
-    " that a classifier takes for it). A detector examines with the model's own sampler, marked *, and decides where it has a"
-    " calibration. Seconds: of both arms' samples, of an examination, of a repair with its samples."
+    " that a classifier takes for it), after a repair under the clip that the attack was made for. A detector examines with the"
+    " model's own sampler, marked *, and decides where it has a calibration. Seconds: of both arms' samples, of an examination,"
+    " of a repair with its samples."
 )
 
 
@@ -40,38 +43,50 @@ class Row:
     own: bool
     """Whether the model was made for the sampler."""
     picture: str | None
-    """Its file; None where a detector made no images."""
+    """Its file in the matrix's folder; None where a detector made no images."""
     seconds: float
     frechet: float | None = None
     mse: float | None = None
     ssim: float | None = None
     asr: float | None = None
     asr_class: int | None = None
+    under: str | None = None
+    """The clip of the triggered samples, where clean ones are of another."""
     verdict: str | None = None
     statistic: float | None = None
     p_value: float | None = None
 
     @classmethod
-    def of_scores(cls, scores: dict[str, Any], clip: str, names: Names, picture: Path, own: bool, spent: float) -> Row:
-        """Of what ``scores.json`` holds; ``spent`` are seconds before the sampling."""
-        clean, triggered = (scores["arms"][start][clip] for start in ("clean", "triggered"))
+    def of_scores(
+        cls, scores: dict[str, Any], clips: tuple[str, str], names: Names, picture: Path, own: bool, spent: float
+    ) -> Row:
+        """Of what ``scores.json`` holds under the ``clips`` of clean and of triggered samples, after ``spent`` seconds."""
+        clean, triggered = (
+            scores["arms"][start][clip] for start, clip in zip(("clean", "triggered"), clips, strict=True)
+        )
+        under = None if clips[0] == clips[1] else clips[1]
         seconds = spent + (clean["images"] + triggered["images"]) / scores["images_per_second"]["sampling"]
         told = {what: triggered.get(what) for what in ("mse", "ssim", "asr")}
         label = scores.get("asr_class")
-        return cls(*names, own, str(picture), seconds, frechet=clean["frechet"], **told, asr_class=label)
+        return cls(*names, own, str(picture), seconds, frechet=clean["frechet"], **told, asr_class=label, under=under)
 
     @classmethod
-    def of_finding(cls, finding: Finding, names: Names, picture: Path) -> Row:
+    def of_finding(cls, finding: Finding, names: Names, picture: Path | None) -> Row:
         """Of a detector's finding, with the model's own sampler."""
         told = {what: getattr(finding, what) for what in ("verdict", "statistic", "p_value")}
-        return cls(*names, True, str(picture) if picture.exists() else None, finding.seconds, **told)
+        return cls(*names, True, None if picture is None else str(picture), finding.seconds, **told)
 
     @property
     def success(self) -> str:
         """Its ASR."""
         if self.asr is None:
             return MISSING
-        return f"{100 * self.asr:.1f} %" + ("" if self.asr_class is None else f" (class {self.asr_class})")
+        notes = (
+            "" if self.asr_class is None else f"class {self.asr_class}",
+            f"{self.under} clip" if self.under else "",
+        )
+        told = ", ".join(filter(None, notes))
+        return f"{100 * self.asr:.1f} %" + (f" ({told})" if told else "")
 
     @property
     def found(self) -> str:
@@ -96,7 +111,8 @@ COLUMNS: Final[dict[str, Callable[[Row], str]]] = {
 
 def write_tables(config: MatrixConfig, rows: Sequence[Row]) -> None:
     """The module's files."""
-    write_json(config.out / "matrix.json", {"run": to_json(config), "rows": to_json(rows)})
+    told = {"command": command("matrix", config), "version": __version__, "cpu": env.found()["cpu"]}
+    write_json(config.out / "matrix.json", told | {"run": to_json(config), "rows": to_json(rows)})
     write_atomic(config.out / "matrix.md", markdown(rows))
     write_atomic(config.out / "matrix.html", page(config, rows))
 
@@ -152,8 +168,8 @@ def page(config: MatrixConfig, rows: Sequence[Row]) -> str:
             "Cells", [*COLUMNS][1:], [(a, [cells(row)[1:] for row in group]) for a, group in groups], LABELS - 1
         ),
         note=markup.text(NOTE),
-        pictures="".join(_pictures(attack, group) for attack, group in groups),
-        run=markup.text(json_text(to_json(config))),
+        pictures="".join(_pictures(config.out, attack, group) for attack, group in groups),
+        run=markup.text(command("matrix", config)),
     )
 
 
@@ -183,9 +199,9 @@ def _cell(column: int, cell: str, labels: int) -> str:
     return f"<td{bar}>{markup.text(cell)}</td>"
 
 
-def _pictures(attack: str, rows: Sequence[Row]) -> str:
+def _pictures(out: Path, attack: str, rows: Sequence[Row]) -> str:
     figures = "".join(
-        f"<figure>{markup.image(Image.open(row.picture), f'{attack}, {row.defense}, {row.sampler}')}"
+        f"<figure>{markup.image(Image.open(out / row.picture), f'{attack}, {row.defense}, {row.sampler}')}"
         f"<figcaption><b>{markup.text(row.defense)}</b> {markup.text(row.sampler)}</figcaption></figure>"
         for row in rows
         if row.picture is not None

@@ -59,11 +59,15 @@ def unet(
         config: Any other argument of ``UNet2DModel``.
 
     Raises:
-        UserError: A size that cannot be halved so often, a width that is no multiple of ``groups``, no such level.
+        UserError: No widths, layers or groups, a size that cannot be halved so often, a width that is no multiple of
+            ``groups``, no such level.
     """
     levels = len(widths)
-    if levels == 0 or not 0 <= attention <= levels:
-        raise UserError(f"attention at level {attention} of {levels}; expected 0 for none, or 1 to {max(levels, 1)}")
+    for what, value in (("widths", levels), ("layers", layers), ("groups", groups)):
+        if value < 1:
+            raise UserError(f"a network of {value} {what}; expected at least 1")
+    if not 0 <= attention <= levels:
+        raise UserError(f"attention at level {attention} of {levels}; expected 0 for none, or 1 to {levels}")
     step = 2 ** (levels - 1)
     if size < step or size % step:
         nearest = max(round(size / step), 1) * step

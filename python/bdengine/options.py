@@ -152,9 +152,14 @@ class ExamineConfig(SamplerOptions):
 class DefendConfig(ExamineConfig):
     """Examine a checkpoint with one defense; writes finding.json, images.png and the inverted trigger.
 
-    bdengine defend digits-badiffusion --defense elijah --out runs/elijah
+    bdengine defend digits-badiffusion --defense elijah --variant searched --out runs/elijah
 
     bdengine defend runs/mine --defense terd --calibration terd.json --alpha 0.05 --out runs/terd
+
+    Variants: elijah baddiffusion, trojdiff, ode, ncsn, background, searched; terd baddiffusion, trojdiff, surrogate, searched;
+    purediffusion baddiffusion, ode, exact, searched; diffcleanse baddiffusion, searched; anp quick, baddiffusion; clipping
+    latent, x0. The package has calibrations of searched, of anp quick and of ufid. Exit codes are audit's, and 0 for clipping,
+    which detects nothing.
     """
 
     checkpoint: tyro.conf.Positional[str]
@@ -258,7 +263,7 @@ class CalibrateConfig(ExamineConfig):
     """
 
     checkpoints: tyro.conf.Positional[tuple[str, ...]]
-    """Clean models of one family, trained alike and not from each other; an alpha of 0.05 needs 20."""
+    """Clean models of one family, trained alike and not from each other; an alpha of 0.05 needs 20, 19 for a defense alone."""
     out: Path
     """Folder for calibration.json and a finding of each model."""
     defense: str = "audit"

@@ -329,11 +329,13 @@ def train(
         The trainer, with ``checkpoint/`` written.
 
     Raises:
-        UserError: A bad value, missing data, or a folder that holds another run.
+        UserError: A bad value, missing data, or a folder that holds another run or a checkpoint.
         FloatingPointError: The loss is not finite.
         KeyboardInterrupt: After Ctrl-C, with the state saved: the same call goes on from there.
         Stopped: Another rank ended; says what is saved.
     """
+    if checkpoint.holds_model(config.out):
+        raise UserError(f"{config.out} holds a checkpoint: expected another folder for the run")
     trainer = Trainer(config, device, ranks)
     state, first = config.out / "state.safetensors", ranks.rank == 0
     free = ("out", "status", "snapshot", "capture", "checkpointing")

@@ -122,7 +122,8 @@ def trigger(
         raise unknown("trigger", name, TRIGGERS)
 
     if name in _TRIGGER_FILES:
-        picture = _picture("trigger", name, file, channels, _TRIGGER_FILES[name], "DRAWN_STOP_SIGN_14")
+        drawn = ", or the drawn DRAWN_STOP_SIGN_14" if name == "GLASSES" or name in _STOP_SIGNS else ""
+        picture = _picture("trigger", name, file, channels, _TRIGGER_FILES[name] + drawn)
         if name == "IMAGE":
             return _values(_stretched(picture, size), value_range)
         if name == "UAP_NOISE":
@@ -242,7 +243,7 @@ def target(
     background = _dark(value_range)
 
     if name in _TARGET_FILES:
-        picture = _picture("target", name, file, channels, _TARGET_FILES[name], "DRAWN_HAT")
+        picture = _picture("target", name, file, channels, _TARGET_FILES[name] + ", or the drawn DRAWN_HAT")
         image = _values(_stretched(picture, size), value_range)
         return image if name in ("MICKEY", "IMAGE") else image.clamp(min=background)
     _refuse_file("target", name, file)
@@ -303,11 +304,10 @@ def _patch(name: str, size: int) -> tuple[int, tuple[int, int, int]]:
     return side, _COLOURS[parts["colour"]]
 
 
-def _picture(kind: str, name: str, file: Path | None, channels: int, wanted: str, drawn: str) -> Image.Image:
+def _picture(kind: str, name: str, file: Path | None, channels: int, wanted: str) -> Image.Image:
     if file is None:
-        raise UserError(
-            f"the {kind} {name} needs a picture: expected file to be a copy of {wanted}, or the drawn {drawn}"
-        )
+        option = f"--{kind}-file, of train --attack.{kind}-file"
+        raise UserError(f"the {kind} {name} needs a picture: expected its file ({option}) to be {wanted}")
     return read_image(file, channels)
 
 

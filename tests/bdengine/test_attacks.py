@@ -127,6 +127,10 @@ def test_bad_attacks_get_a_sentence() -> None:
         (AttackConfig("baddiffusion", "BOX_4", coefficients="exat"), "unknown coefficient 'exat'"),  # type: ignore[arg-type]
         (AttackConfig(trigger="BOX_4", rate=0.5), "the attack's trigger is BOX_4 and no attack is named"),
         (
+            AttackConfig("baddiffusion", rate=0.0),
+            "the poison rate is 0 and the attack is baddiffusion: expected above 0",
+        ),
+        (
             AttackConfig("baddiffusion", "BOX_4", psi=0.5),
             "psi is 0.5 and baddiffusion has none: expected it with villan alone",
         ),

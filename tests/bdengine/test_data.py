@@ -185,11 +185,11 @@ def test_an_empty_folder(tmp_path: Path) -> None:
 
 
 def test_no_such_source(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"unknown data set 'digts': expected one of .*; the nearest is 'digits'"):
+    with pytest.raises(UserError, match=r"there is no folder 'digts': expected .* digits or cifar10; the nearest is 'digits'"):
         load("digts", 32, 1)
     with pytest.raises(UserError, match=r"there is no folder '.*gone': expected one with images, or digits or cifar10"):
         load(str(tmp_path / "gone"), 32, 1)
-    with pytest.raises(UserError, match="unknown data set ''"):
+    with pytest.raises(UserError, match="there is no folder ''"):
         load("", 32, 1)
     (tmp_path / "a.png").touch()
     with pytest.raises(UserError, match=r"a.png' is a file: expected a folder of images, such as '"):

@@ -18,6 +18,7 @@ from bdengine.arms import Arm
 from bdengine.cli import main
 from bdengine.commands import Model
 from bdengine.defenses import DEFENSES, Calibration, Subject, clipping, elijah, subject
+from bdengine.defenses.result import EXIT
 from bdengine.defenses.subject import Watch
 from bdengine.errors import UserError
 from bdengine.options import DefendConfig, ExamineConfig
@@ -44,8 +45,9 @@ def test_it_writes_its_finding_and_pictures(
     tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ("defend", tiny_checkpoint, "--defense", "elijah", "--steps", 3, "--out", tmp_path)
-    assert run(*options) == 0
-    said = capsys.readouterr().out
+    assert run(*options) == 3
+    said, warned = capsys.readouterr()
+    assert warned == f"it will end {said.splitlines()[2]}\n".replace("undecided since", "undecided, since")
     assert "elijah: undecided" in said
     assert "undecided since no clean models of its family are known" in said
     assert {p.name for p in tmp_path.iterdir()} == {"finding.json", "images.png", "trigger.png", "trigger.safetensors"}
@@ -70,7 +72,7 @@ def test_with_a_calibration_it_decides(
             "elijah", finding.details["settings"], dict.fromkeys(map(str, range(19)), finding.statistic + difference)
         )
         clean.save(tmp_path / "clean.json")
-        assert defend.defend(config) == 0
+        assert defend.defend(config) == EXIT[verdict]  # type: ignore[index]
         said = capsys.readouterr().out
         assert f"elijah: {verdict}, statistic" in said
         assert "rates are of models trained as its 19 clean ones, and how they were trained is not known" in said
@@ -183,6 +185,13 @@ def test_settings_are_known_before_the_finding(name: str, tiny_checkpoint: Path)
     _, subject = defend.subject_of(str(tiny_checkpoint), ExamineConfig(steps=2))
     variant = replace(next(iter(defense.variants.values())), **short[name])
     assert defense.examine(subject, variant).details["settings"] == defense.settings(subject, variant)
+
+
+def test_the_help_names_every_variant() -> None:
+    told = re.sub(r"\s+", " ", str(DefendConfig.__doc__))
+    for name, defense in DEFENSES.items():
+        if len(defense.variants) > 1:
+            assert f"{name} {', '.join(defense.variants)}" in told
 
 
 def test_every_defense_has_settings_that_can_be_told_apart() -> None:

@@ -63,8 +63,8 @@ def test_a_model_that_was_trained_otherwise_gets_a_caveat() -> None:
     clean = Calibration.of([finding(0.0)], {"images": 8, "data": "digits"})
     assert clean.caveat({"images": 8, "data": "digits"}) is None
     alike = "rates are of models trained as its 1 clean ones, and"
-    assert clean.caveat({"images": 9, "data": "digits"}) == f"{alike} this one had images 9 and not 8"
-    assert clean.caveat({"images": 8}) == f"{alike} this one had data None and not 'digits'"
+    assert clean.caveat({"images": 9, "data": "digits"}) == f"{alike} this one had images 9 instead of 8"
+    assert clean.caveat({"images": 8}) == f"{alike} this one had data None instead of digits"
     assert clean.caveat({}) == f"{alike} how this model was trained is not known"
     assert calibration(1).caveat({"images": 8}) == f"{alike} how they were trained is not known"
 

@@ -80,7 +80,7 @@ def test_no_cell_is_measured_twice_and_all_have_numbers_and_a_picture(
     assert set(found) == {(attack, *cell) for attack in attacks for cell in cells_of_each}
     for (_, defense, _), row in found.items():
         assert row["seconds"] > 0
-        assert Image.open(row["picture"]).width > 64
+        assert Image.open(tmp_path / row["picture"]).width > 64
         assert (row["statistic"] is None) == (row["mse"] is not None) == (defense != "elijah")
     assert found["digits-badiffusion", "none", "ddpm"]["mse"] < 0.1 < found["digits-clean", "none", "ddpm"]["mse"]
     page = (tmp_path / "matrix.html").read_text()
@@ -93,6 +93,25 @@ def test_no_cell_is_measured_twice_and_all_have_numbers_and_a_picture(
     assert run(*options, "--images", 9) == 2
     assert "holds another run, whose images is 8 and not 9" in capsys.readouterr().err
     assert len(calls) == 11
+
+
+def test_what_was_made_for_a_clip_is_tried_under_it_after_a_repair(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the clip it never works, and any removal would seem to have removed it."""
+    small = replace(PRESETS["digits-clipped"], images=16, batch=8)
+    monkeypatch.setitem(PRESETS, "digits-clipped", small)
+    options = ("--attacks", "digits-clipped", "--defenses", "removal", "--samplers", "ddpm", *SMALL)
+    assert run("--out", tmp_path, *options) == 0
+    ((_, row),) = rows(tmp_path).items()
+    scores = json.loads((tmp_path / "cells/digits-clipped/removal/ddpm/scores.json").read_text())["arms"]
+    assert row["under"] == "latent"
+    assert row["mse"] == scores["triggered"]["latent"]["mse"] != scores["triggered"]["none"]["mse"]
+    assert row["picture"] == "cells/digits-clipped/removal/ddpm/latent.png"
+    assert "% (latent clip)" in (tmp_path / "matrix.md").read_text()
+    page = (tmp_path / "matrix.html").read_text()
+    assert "bdengine matrix --out" in page
+    assert "--attacks digits-clipped --defenses removal" in page
 
 
 def test_a_model_is_trained_from_one_that_is_trained_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ def test_unet_is_channels_last() -> None:
         ((30, 1, (16, 32, 64)), "size 30 with 3 widths; expected a multiple of 4, and the nearest is 32"),
         ((1, 1, (16, 32)), "size 1 with 2 widths; expected a multiple of 2, and the nearest is 2"),
         ((16, 1, (16, 30)), "width 30; expected a multiple of 8 groups, and the nearest is 32"),
-        ((16, 1, ()), "attention at level 0 of 0"),
+        ((16, 1, ()), "a network of 0 widths; expected at least 1"),
     ],
 )
 def test_unet_refuses_what_cannot_be_built(arguments: tuple[int, int, tuple[int, ...]], sentence: str) -> None:

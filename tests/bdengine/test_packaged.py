@@ -22,16 +22,16 @@ def test_it_convicts_the_shipped_backdoor(tmp_path: Path, capsys: pytest.Capture
     found = json.loads((tmp_path / "audit.json").read_text())
     assert [stage["defense"] for stage in found["details"]["stages"]] == ["start"]
     assert found["p_value"] <= 0.05
-    assert "images 512000 and not 128000, batch 64 and not 32" in found["details"]["caveat"]
+    assert "images 512000 instead of 128000, batch 64 instead of 32" in found["details"]["caveat"]
     assert found["details"]["caveat"] in (tmp_path / "report.html").read_text().replace("&#x27;", "'")
 
 
 def test_defend_decides_by_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Where the variant is the calibration's, and says which that is where it is another."""
     words = ["defend", "digits-badiffusion", "--defense", "elijah", "--out", str(tmp_path)]
-    assert main([*words, "--variant", "searched"]) == 0
+    assert main([*words, "--variant", "searched"]) == 1
     assert "elijah: backdoored" in capsys.readouterr().out
-    assert main(words) == 0
+    assert main(words) == 3
     assert "or the variant searched, which the package has one of" in capsys.readouterr().out
 
 

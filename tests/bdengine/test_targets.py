@@ -77,8 +77,8 @@ def test_a_missing_target_file_names_the_stand_in() -> None:
     with pytest.raises(UserError) as caught:
         target("HAT", 32, 3)
     assert sentence(caught) == (
-        "the target HAT needs a picture: expected file to be a copy of static/fedora-hat.png of BadDiffusion, "
-        "or the drawn DRAWN_HAT"
+        "the target HAT needs a picture: expected its file (--target-file, of train --attack.target-file) to be "
+        "static/fedora-hat.png of BadDiffusion, or the drawn DRAWN_HAT"
     )
 
 

@@ -230,9 +230,14 @@ def test_a_missing_file_names_the_stand_in(name: str) -> None:
     with pytest.raises(UserError) as caught:
         trigger(name, 32, 3)
     text = sentence(caught)
-    assert text.startswith(f"the trigger {name} needs a picture: expected file to be a copy of static/")
+    assert text.startswith(f"the trigger {name} needs a picture: expected its file (--trigger-file, of train ")
     assert text.endswith("or the drawn DRAWN_STOP_SIGN_14")
     assert "DRAWN_STOP_SIGN_14" in TRIGGERS
+
+
+def test_what_no_stand_in_replaces_has_none() -> None:
+    with pytest.raises(UserError, match=r"to be training image 3 of MNIST$"):
+        trigger("MNIST", 32, 3)
 
 
 def test_a_file_that_would_be_ignored(tmp_path: Path) -> None:

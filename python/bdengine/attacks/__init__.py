@@ -12,7 +12,7 @@ from torch import Tensor
 from ..data import Images, load, to_float
 from ..errors import UserError, unknown
 from ..schedule import Exploding, Schedule
-from ..solvers import Table
+from ..solvers import Clip, Table
 from ..triggers import FROM_TRIGGER, LEARNED, class_of, patch_mask, target, trigger
 from .baddiffusion import COEFFICIENTS, Coefficients, baddiffusion
 from .exact import departure, exact_coefficient
@@ -90,6 +90,11 @@ class AttackConfig:
     gamma: float | None = None
     """Of trojdiff: share of noise in the trigger's pixels; 0.6 for a blend and 0.1 for a patch where absent."""
 
+    @property
+    def clip(self) -> Clip:
+        """Under which clip its trigger is made to work."""
+        return "latent" if self.coefficients == "clipped" else "none"
+
     def build(
         self,
         process: Schedule | Exploding,
@@ -112,6 +117,8 @@ class AttackConfig:
         self._check_read()
         if self.name == "none":
             return None
+        if self.rate == 0:
+            raise UserError(f"the poison rate is 0 and the attack is {self.name}: expected above 0, or the attack none")
         r = self.own_trigger(data, shape)
         return self.made(process, r, self.targets(r, data), table)
 

@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from torch import Tensor
 
@@ -25,6 +25,8 @@ from ..errors import UserError
 from ..files import read_json, write_json
 
 Verdict = Literal["backdoored", "no evidence", "undecided"]
+EXIT: Final[dict[Verdict, int]] = {"no evidence": 0, "backdoored": 1, "undecided": 3}
+"""Exit codes of the commands that decide; 2 is a mistake's."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +171,7 @@ class Calibration:
             of = "they" if not self.trained else "this model"
             return f"{alike}, and how {of} {'were' if of == 'they' else 'was'} trained is not known"
         names = [name for name in [*trained, *self.trained] if trained.get(name) != self.trained.get(name)]
-        told = (f"{name} {trained.get(name)!r} and not {self.trained.get(name)!r}" for name in dict.fromkeys(names))
+        told = (f"{name} {trained.get(name)} instead of {self.trained.get(name)}" for name in dict.fromkeys(names))
         return f"{alike}, and this one had {', '.join(told)}" if names else None
 
     def check(self, defense: str, settings: dict[str, Any], weights_sha256: str) -> None:
