@@ -4,7 +4,8 @@
 
 A table stands between ``<!-- results: FILE -->`` and ``<!-- end -->``: a line an op and shape, a column a provider, ns per
 element, or images a second of ops that are told so, and in brackets its time relative to ours; calculated ones have a c.
-Files of ``benchmarks.scale``, ``detection`` and ``repairs`` make a line an axis, a detector, and a kind of attack.
+Files of ``benchmarks.scale``, ``attacks``, ``detection`` and ``repairs`` make a line an axis, a model, a detector, and a kind
+of attack.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, Final
 from bdengine.errors import UserError
 from bdengine.files import read_json, write_atomic
 
-from . import detection, repairs
+from . import attacks, detection, repairs
 from .bench import PROVIDERS
 from .report import PER_SECOND, Row, exit_code, fastest, of_row
 from .scale import Growth
@@ -72,6 +73,7 @@ TABLES: Final[dict[str, Callable[[dict[str, Any]], str]]] = {
     "growth": lambda document: curves([Growth(**row) for row in document["growth"]]),
     "detectors": detection.table,
     "kinds": repairs.table,
+    "attacks": attacks.table,
 }
 """What makes the table of a document, by a key that it has."""
 

@@ -185,7 +185,9 @@ def test_an_empty_folder(tmp_path: Path) -> None:
 
 
 def test_no_such_source(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"there is no folder 'digts': expected .* digits or cifar10; the nearest is 'digits'"):
+    with pytest.raises(
+        UserError, match=r"there is no folder 'digts': expected .* digits or cifar10; the nearest is 'digits'"
+    ):
         load("digts", 32, 1)
     with pytest.raises(UserError, match=r"there is no folder '.*gone': expected one with images, or digits or cifar10"):
         load(str(tmp_path / "gone"), 32, 1)
