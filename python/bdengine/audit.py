@@ -140,7 +140,7 @@ _EXPLODING: Final = ("start", "elijah")
 """Stages that need no betas and no images in [-1, 1]."""
 _ELIJAH, _FOLLOW = "baddiffusion", "searched"
 """Variants of the inversions."""
-_SEARCHES: Final = ("start", "ode", "clipped")
+SEARCHES: Final = ("start", "ode", "clipped")
 """Stages whose best arm is a start for the inversions."""
 
 
@@ -185,7 +185,7 @@ def looks(subject: Subject, enough: Callable[[Tensor], bool], first_seed: int) -
                 made = subject.sampled({"": arms[chosen]}, range(seed, seed + AT_ONCE), AT_ONCE)[""]
                 images = torch.cat([images, made])
                 copies = features.copies(images[1:], reference)
-        if name in _SEARCHES and shift is not None and alike[chosen] > most:
+        if name in SEARCHES and shift is not None and alike[chosen] > most:
             best, most = shift, alike[chosen]
         details = {"arm": chosen, "arms": len(arms), "copies": int(copies.sum()), "images": len(copies)}
         yield watch.finding(name, float(copies.double().mean()), shift, images, details), copies

@@ -3,6 +3,10 @@
 unlearn        `Unlearning`, for the sampler that will be used: the default, and all there is for triggers in every step
 removal        Elijah's, as published;  removal-ode  its settings for models of samplers without noise
 cleanse        Diff-Cleanse's pruning and repair, 10 % of the channels and 400 steps
+
+What the audit's searches find opens the backdoor and is no likeness of its trigger: squares at a cosine of 0.6 to it, unlearned
+as they were, left an ASR of 0.92 and of 0.79 of two zoo models. So Elijah's inversion goes on from there first, which ended at
+0.93 for both, and unlearning that left 0.
 """
 
 from __future__ import annotations
@@ -20,10 +24,10 @@ from torch import Tensor
 from . import checkpoint
 from .attacks import Attack, AttackConfig, baddiffusion, trojdiff
 from .attacks.trojdiff import BLEND_GAMMA, PATCH_GAMMA
-from .audit import ODE_STEPS
+from .audit import ODE_STEPS, SEARCHES
 from .commands import Model
 from .config import claim, from_json, to_json
-from .defenses import pruning, removal, unlearning
+from .defenses import Subject, elijah, pruning, removal, unlearning
 from .defenses.pruning import Cleanse, PruningConfig
 from .defenses.removal import FineTuning, Removal
 from .defenses.unlearning import Unlearning
@@ -80,6 +84,15 @@ class Inverted:
         if self.stage == "patched":
             return torch.where(self.shift != 0, PATCH_GAMMA, 1.0)
         return None
+
+    def sharpened(self, model: Model, run: TrainConfig) -> Inverted:
+        """What Elijah's inversion makes of one that a search found; any other as it is."""
+        if self.stage not in SEARCHES:
+            return self
+        schedule = linear()
+        subject = Subject(model.network, schedule, run.sampler.table(schedule))
+        start = self.shift.to(subject.device)[None]
+        return replace(self, shift=elijah.invert(subject, elijah.VARIANTS["baddiffusion"], start)[0].cpu())
 
     def attack(self, sampler: SamplerConfig) -> Attack:
         """What opens with it; its target is nothing."""
@@ -154,7 +167,8 @@ def repaired(model: Model, config: RepairConfig, progress: bool = False) -> dict
             f"the trigger in {config.trigger} is one of every step ({found.stage}), which {config.method} cannot remove:"
             " expected the method unlearn"
         )
-    fine_tuning = METHODS[config.method](run_of(model, config), found, device())
+    run = run_of(model, config)
+    fine_tuning = METHODS[config.method](run, found.sharpened(model, run), device())
     told = {
         "weights_sha256": checkpoint.digest(model.network.state_dict()),
         "trigger_sha256": checkpoint.digest({"trigger": found.shift}),

@@ -25,6 +25,7 @@ from bdengine.options import RepairConfig
 from bdengine.schedule import linear
 from bdengine.solvers import SamplerConfig
 from bdengine.train import TrainConfig
+from bdengine.triggers import trigger
 
 
 @pytest.fixture
@@ -192,6 +193,20 @@ def test_a_trigger_says_which_stage_found_it_whatever_lies_beside_it(tmp_path: P
     assert not repair.Inverted.load(tmp_path).in_steps
     write_safetensors(tmp_path / "trigger.safetensors", {"trigger": r}, {"stage": "patched"})
     assert repair.Inverted.load(tmp_path).in_steps
+
+
+@pytest.mark.parametrize(("stage", "inverts"), [("start", True), ("blended", False), ("elijah", False), (None, False)])
+def test_what_a_search_found_is_inverted_from_there(stage: str | None, inverts: bool) -> None:
+    """A square of 12 pixels opens the shipped backdoor, and Elijah's inversion from it is nearer to its trigger, of 8."""
+    wide, true = trigger("XXSM_BOX", 16, 1), trigger("XXSM_BOX", 16, 1)
+    wide[:, 2:14, 2:14] = 1
+    model = Model.load("digits-badiffusion")
+    run = TrainConfig(Path("out"), sampler=SamplerConfig(steps=20))
+    found = repair.Inverted(wide, stage).sharpened(model, run)
+    assert found.stage == stage
+    assert torch.equal(found.shift, wide) is not inverts
+    likeness = torch.cosine_similarity(found.shift.flatten(), true.flatten(), dim=0)
+    assert (float(likeness) > 0.9) is inverts
 
 
 def test_a_start_that_opens_under_ddim_is_unlearned_with_its_coefficient() -> None:
