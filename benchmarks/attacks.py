@@ -5,14 +5,12 @@
 
 What FILE holds is not done again, so that models need not be kept for it; it is written after every model. A model is trained
 into DIR under its preset's name, one that starts from another after that, and scored as by ``bdengine evaluate``: `IMAGES`
-images of each arm with the sampler it is made for. Clean models are tried with the trigger and the target of `CONTROL`, which
-they have never seen. Models are shared among ranks.
+images of each arm with the sampler it is made for. Clean models are tried with a trigger and a target that they have never
+seen. Models are shared among ranks.
 """
 
 from __future__ import annotations
 
-import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,12 +26,12 @@ from bdengine.errors import unknown
 from bdengine.files import read_json, write_json
 from bdengine.memory import keep_freed
 from bdengine.options import EvaluateConfig, device
-from bdengine.presets import PRESETS, preset
+from bdengine.presets import PRESETS, preset, tried
 from bdengine.shipped import SHIPPED
 from bdengine.solvers import Clip
 from bdengine.train import train
 
-from .report import commit, exit_code
+from .report import argument_parser, command_line, commit, exit_code
 
 TITLES: Final = {
     "digits-clean": "none (shipped model)",
@@ -51,7 +49,6 @@ TITLES: Final = {
     "digits-ve-villan": "VillanDiffusion, variance exploding",
 }
 """The attacks by preset, each after the models that it starts from."""
-CONTROL: Final = "digits-badiffusion"
 IMAGES: Final = 512
 KEPT: Final = ("asr", "mse", "ssim", "frechet", "frechet_interval")
 
@@ -71,10 +68,8 @@ def measured(out: Path, name: str) -> dict[str, Any]:
     """Scores of a preset's model."""
     run, path = preset(name), made(out, name)
     clips: tuple[Clip, ...] = CLIPS if run.process == "vp" else ("none",)
-    tried = preset(CONTROL).attack
-    asked = EvaluateConfig(path, out, images=IMAGES, clips=clips)
-    if run.attack.name == "none":
-        asked = replace(asked, trigger=tried.trigger, target=tried.target)
+    attack = tried(run.attack)
+    asked = EvaluateConfig(path, out, images=IMAGES, clips=clips, trigger=attack.trigger, target=attack.target)
     scores, _ = scored(Model.load(path), asked)
     arms = {
         start: {clip: {of: one[of] for of in KEPT if of in one} for clip, one in by_clip.items()}
@@ -89,8 +84,7 @@ def measure(out: Path, file: Path, names: Sequence[str], ranks: Ranks, command: 
     for stage in (before, [name for name in TITLES if name not in before]):
         part = [name for name in stage if name in names]
         for at in tqdm(ranks.share(len(part)), unit="model", disable=ranks.rank > 0):
-            told = known(out, file)
-            if part[at] not in told:
+            if part[at] not in known(out, file):
                 write_json(out / f"{part[at]}.json", measured(out, part[at]))
             if ranks.rank == 0:
                 save(out, file, command)
@@ -128,15 +122,13 @@ def table(whole: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns 2 after a user's mistake, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.attacks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser("attacks", __doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the models")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="scores of all")
     parser.add_argument("--only", nargs="+", default=[*TITLES], metavar="PRESET", help=f"of {', '.join(TITLES)}")
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(words)
-    command = shlex.join(["python", "-m", "benchmarks.attacks", *words])
+    command = command_line("attacks", words)
     keep_freed()
 
     def work() -> None:

@@ -14,8 +14,6 @@ backdoor whose own trigger works in less than `WORKS` of the images is counted a
 
 from __future__ import annotations
 
-import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,7 +35,7 @@ from bdengine.memory import keep_freed
 from bdengine.options import AuditConfig, DefendConfig
 from bdengine.triggers import class_of
 
-from .report import commit, exit_code
+from .report import argument_parser, command_line, commit, exit_code
 from .zoo import CALIBRATE, RECIPE, make, models
 
 DETECTORS: Final = (AUDIT, *(name for name, defense in DEFENSES.items() if defense.detects))
@@ -238,9 +236,7 @@ def cell(rate: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns 2 after a user's mistake, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.detection", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser("detection", __doc__)
     parser.add_argument("--zoo", type=Path, required=True, metavar="DIR", help="folder of the models")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="all findings, and the rates of them")
     parser.add_argument("--only", nargs="+", default=DETECTORS, metavar="NAME", help=f"of {', '.join(DETECTORS)}")
@@ -252,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(words)
-    command = shlex.join(["python", "-m", "benchmarks.detection", *words])
+    command = command_line("detection", words)
     keep_freed()
 
     def work() -> None:

@@ -13,7 +13,6 @@ poisoned by BadDiffusion (white square, drawn hat) at a given rate. For every sa
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +33,8 @@ from bdengine.sampler import Arm, Sampler
 from bdengine.schedule import Schedule, linear
 from bdengine.solvers import SAMPLERS, SamplerConfig
 from bdengine.triggers import target, trigger
+
+from .report import command_line
 
 SIZE, STEPS, THRESHOLD = 16, 20, 0.01
 KINDS: Final[tuple[Coefficients, ...]] = ("published", "exact")
@@ -104,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tqdm.write(f"{name:16} {kind:12} {row['departure']:9.1e}  {shares}")
     if options.json:
         words = sys.argv[1:] if arguments is None else arguments
-        command = shlex.join(["python", "-m", "benchmarks.path", *words])
+        command = command_line("path", words)
         write_json(options.json, {"command": command, "steps": STEPS, "samples": options.samples, "rows": rows})
         print(f"wrote {options.json}")
     return 0

@@ -19,9 +19,7 @@ Student's over `PARTS` parts of a mean, the bootstrap's of a Fréchet distance.
 
 from __future__ import annotations
 
-import argparse
 import math
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -53,7 +51,7 @@ from bdengine.schedule import Schedule
 from bdengine.shipped import find
 from bdengine.solvers import Clip, SamplerConfig
 
-from .report import commit, exit_code
+from .report import argument_parser, command_line, commit, exit_code
 
 MODEL: Final = str(Path(__file__).parent / "models" / "digits-badiffusion-published")
 STEPS, OUR_STEPS = 1000, 20
@@ -194,9 +192,7 @@ def measure(out: Path, checkpoint: str, images: int, steps: int) -> dict[str, An
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns 2 after a user's mistake, 130 after Ctrl-C."""
     words = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.published", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser("published", __doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the images; goes on from it")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="where to write the scores")
     parser.add_argument(
@@ -209,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         found = measure(options.out, options.checkpoint, options.images, options.steps)
-        command = shlex.join(["python", "-m", "benchmarks.published", *words])
+        command = command_line("published", words)
         about = {"command": command, "commit": commit(), "threads": torch.get_num_threads()}
         write_json(options.json, about | {"checkpoint": Path(options.checkpoint).name} | found)
         for arm, theirs in found["published"]["arms"].items():

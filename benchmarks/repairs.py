@@ -10,8 +10,6 @@ were.
 
 from __future__ import annotations
 
-import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,8 +29,8 @@ from bdengine.repair import repaired
 from bdengine.solvers import Clip
 
 from .detection import cell, kind_of, rate
-from .report import commit, exit_code
-from .zoo import clips_of, models
+from .report import argument_parser, command_line, commit, exit_code
+from .zoo import models
 
 ASR: Final = 0.05
 WORSE: Final = 1.3
@@ -47,7 +45,7 @@ def repair(zoo: Path, name: str) -> dict[str, Any]:
     about = repaired(model, RepairConfig(model.path, folder / "repaired", folder / AUDIT))
     left = Model.load(str(folder / "repaired")).attacked_as(model)
     run = models(zoo)[name]
-    after, _ = scored(left, EvaluateConfig(model.path, folder, images=IMAGES, clips=clips_of(run)))
+    after, _ = scored(left, EvaluateConfig(model.path, folder, images=IMAGES, clips=run.attack.clips))
     before = read_json(folder / "scores.json")
     stage = read_json(folder / AUDIT / "finding.json")["details"]["stage"]
     told = {when: _told(scores["arms"], run.attack.clip) for when, scores in (("before", before), ("after", after))}
@@ -117,14 +115,12 @@ def table(whole: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns 2 after a user's mistake, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.repairs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser("repairs", __doc__)
     parser.add_argument("--zoo", type=Path, required=True, metavar="DIR", help="folder of the models")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="scores of all repairs")
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(words)
-    command = shlex.join(["python", "-m", "benchmarks.repairs", *words])
+    command = command_line("repairs", words)
     keep_freed()
 
     def work() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import shlex
@@ -182,7 +183,7 @@ def machine(arguments: Sequence[str], device: Device) -> dict[str, Any]:
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "benchmarks.run", *arguments]),
+        "command": command_line("run", arguments),
     }
 
 
@@ -196,6 +197,17 @@ def tf32() -> str:
         "matrix products": torch.get_float32_matmul_precision() != "highest",
     }
     return ", ".join(name for name, on in allowed.items() if on) or "nowhere"
+
+
+def argument_parser(name: str, doc: str | None) -> argparse.ArgumentParser:
+    """Of the arguments of ``benchmarks.NAME``, whose help is its module's ``doc`` as it stands there."""
+    kept = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(prog=f"benchmarks.{name}", description=doc, formatter_class=kept)
+
+
+def command_line(name: str, words: Sequence[str]) -> str:
+    """The command line of ``benchmarks.NAME`` with these arguments."""
+    return shlex.join(["python", "-m", f"benchmarks.{name}", *words])
 
 
 def exit_code(work: Callable[[], object], goes_on: str) -> int:

@@ -39,7 +39,7 @@ from bdengine.solvers import SamplerConfig
 from bdengine.train import TrainConfig, Trainer
 
 from .device import find
-from .report import exit_code, machine
+from .report import command_line, exit_code, machine
 from .timing import interleaved
 
 REPEATS: Final = 5
@@ -207,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 tqdm.write(str(growth))
                 found.append(growth)
         if options.json:
-            command = shlex.join(["python", "-m", "benchmarks.scale", *words])
+            command = command_line("scale", words)
             about: dict[str, Any] = machine(words, find("cpu")) | {"command": command}
             write_json(options.json, {"machine": about, "growth": [asdict(growth) for growth in found]})
             print(f"wrote {options.json}")

@@ -10,7 +10,6 @@ of attack.
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from bdengine.files import read_json, write_atomic
 
 from . import attacks, detection, repairs
 from .bench import PROVIDERS
-from .report import PER_SECOND, Row, exit_code, fastest, of_row
+from .report import PER_SECOND, Row, argument_parser, exit_code, fastest, of_row
 from .scale import Growth
 
 ROOT: Final = Path(__file__).parents[1]
@@ -95,9 +94,7 @@ def filled(text: str) -> str:
 
 def main() -> int:
     """Entry point; returns 2 where a file is missing, 130 after Ctrl-C."""
-    argparse.ArgumentParser(
-        prog="benchmarks.tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+    argument_parser("tables", __doc__).parse_args()
     readme = ROOT / "README.md"
     return exit_code(lambda: write_atomic(readme, filled(readme.read_text())), "it begins anew")
 

@@ -10,7 +10,6 @@ for thresholds, all others are held out.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -26,11 +25,10 @@ from bdengine.errors import UserError
 from bdengine.files import read_json, write_json
 from bdengine.memory import keep_freed
 from bdengine.options import EvaluateConfig, device
-from bdengine.presets import PRESETS
-from bdengine.solvers import Clip
+from bdengine.presets import PRESETS, tried
 from bdengine.train import TrainConfig, train
 
-from .report import exit_code
+from .report import argument_parser, exit_code
 
 CLEAN, CALIBRATE = 80, 20
 # Of batch sizes 64 and 32 and peak learning rates 2e-3 and 4e-3, this had the least Fréchet distance after 128,000 images:
@@ -89,11 +87,6 @@ def models(out: Path) -> dict[str, TrainConfig]:
     return dict(clean[:CALIBRATE]) | {name: run for _, name, run in sorted(later, key=lambda entry: entry[:2])}
 
 
-def clips_of(run: TrainConfig) -> tuple[Clip, ...]:
-    """Under which clips it is scored: none, and that."""
-    return tuple(dict.fromkeys(("none", run.attack.clip)))
-
-
 def make(run: TrainConfig) -> None:
     """One model with its scores, unless they are there; a clean one is scored with a trigger it has never seen."""
     made = run.out / "checkpoint"
@@ -102,17 +95,15 @@ def make(run: TrainConfig) -> None:
     recipe = {name: value for name, value in to_json(run).items() if name != "out"}
     if read_json(made / EXTRA)["train"] != recipe:
         raise UserError(f"{run.out} holds a model of another recipe: expected one of this zoo, or an empty folder")
-    unseen = {"trigger": "XXSM_BOX", "target": "DRAWN_HAT"} if run.attack.name == "none" else {}
-    asked = EvaluateConfig(str(made), run.out, clips=clips_of(run), **unseen)  # type: ignore[arg-type]
+    attack = tried(run.attack)
+    asked = EvaluateConfig(str(made), run.out, clips=attack.clips, trigger=attack.trigger, target=attack.target)
     if not (run.out / "scores.json").exists():
         write_json(run.out / "scores.json", scored(Model.load(asked.checkpoint), asked)[0])
 
 
 def main() -> int:
     """Entry point; returns 2 after a user's mistake, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.zoo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser("zoo", __doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the models")
     parser.add_argument("--only", default="", metavar="NAME", help="whose name begins so: clean, backdoored/01, ...")
     options = parser.parse_args()

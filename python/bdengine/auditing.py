@@ -38,7 +38,7 @@ def audit(config: AuditConfig) -> int:
     """Run ``bdengine audit``; returns `EXIT` of the verdict."""
     given = None if config.calibration is None else Calibration.load(config.calibration)
     model, subject = subject_of(config.checkpoint, config, STEPS)
-    known, examined = calibrations(), (AUDIT, settings_of(subject), subject.weights_sha256)
+    known, examined = [] if given else calibrations(), (AUDIT, settings_of(subject), subject.weights_sha256)
     calibration = given or fitting(known, *examined)
     reason = unfitting(known, *examined) if calibration is None else lacking(calibration, config.alpha)
     if reason is not None:

@@ -20,7 +20,7 @@ from .errors import UserError, unknown
 from .files import write_json
 from .metrics import check_threshold
 from .options import AuditConfig, CalibrateConfig, EvaluateConfig, RepairConfig
-from .presets import PRESETS, preset
+from .presets import PRESETS, preset, tried
 from .repair import repaired
 from .schedule import linear
 from .shipped import SHIPPED
@@ -32,8 +32,6 @@ REMOVALS: Final = {"unlearn": "elijah", "removal": "elijah", "cleanse": "diffcle
 """Each with the detector whose trigger it is given where none is named."""
 INVERTERS: Final = tuple(name for name in DETECTORS if name not in ("anp", AUDIT))
 """Those whose finding always has a trigger of the start; unlearn takes the audit's as well, which may be one of every step."""
-CONTROL: Final = "digits-badiffusion"
-"""Whose trigger and target a clean model is tried with."""
 DETECTION: Final = 20_000
 """Images that a detector sends through the network: 9,000 to 22,000 with 20 steps of 256 pixels."""
 AUDITING: Final = 95_000
@@ -163,13 +161,13 @@ def model_of(config: MatrixConfig, attack: str) -> Model:
 def score(config: MatrixConfig, attack: str, sampler: str, repaired: str | None = None) -> None:
     """Samples and scores of one sampler, of the model or of what a removal left of it."""
     model, folder = model_of(config, attack), config.cell(attack, *([repaired] if repaired else []), sampler)
-    tried = preset(CONTROL).attack if model.attack.name == "none" else model.attack
+    attacked = tried(model.attack)
     if repaired:
         model = Model.load(str(config.cell(attack, repaired))).attacked_as(model)
     asked = EvaluateConfig(
         model.path, folder, images=config.images, sampler=sampler, steps=config.steps, threshold=config.threshold,
-        micro_batch=config.micro_batch, clips=tuple(dict.fromkeys(("none", tried.clip))) if repaired else CLIPS,
-        trigger=tried.trigger, target=tried.target,
+        micro_batch=config.micro_batch, clips=attacked.clips if repaired else CLIPS,
+        trigger=attacked.trigger, target=attacked.target,
     )  # fmt: skip
     scores, images = scored(model, asked)
     for clip in asked.clips:

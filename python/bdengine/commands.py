@@ -177,8 +177,7 @@ class Model:
             return Arm(table, altered.perturbed(r))
         process = Schedule.from_config(self.scheduler)
         attack = replace(names, coefficients="published").made(process, r, torch.zeros_like(r))
-        whole = learned or names.name == "invi"  # which has no trigger before it is learned
-        return replace(attack, trigger=altered.perturbed(r if whole else attack.trigger)).arm(process, table)
+        return replace(attack, trigger=altered.perturbed(r if learned else attack.trigger)).arm(process, table)
 
 
 def sample(config: SampleConfig) -> int:

@@ -133,7 +133,7 @@ def load(source: str, size: int, channels: int, *, limit: int | None = None) -> 
     if source == "cifar10":
         return _from_rows(_cifar10(), source, size, channels, limit)
     if not source or not folder.exists():
-        raise absent("folder", source, f"one with images, or {' or '.join(DATASETS)}", DATASETS)
+        raise absent(f"folder {source!r}", source, f"one with images, or {' or '.join(DATASETS)}", DATASETS)
     if not folder.is_dir():
         raise UserError(f"{source!r} is a file: expected a folder of images, such as {str(folder.parent)!r}")
     if _tables(folder):

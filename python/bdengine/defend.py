@@ -21,12 +21,12 @@ from .own import in_unit_range, is_preserving
 from .schedule import Schedule
 from .seeds import check_seeds
 from .shipped import ASSETS
-from .train import TrainConfig
+from .train import FREE, TrainConfig
 
 FEATURES = ("digits", "pixels")
 
 
-_FREE = ("out", "seed", "attack", "status", "snapshot", "micro_batch", "capture", "checkpointing")
+_FREE = (*FREE, "seed", "attack", "micro_batch")
 """Of a recipe: what may differ between models that are trained alike."""
 
 
@@ -125,8 +125,9 @@ def examined(config: DefendConfig, warned: bool = False) -> tuple[Model, Finding
     calibration = None if config.calibration is None else Calibration.load(config.calibration)
     check_alpha(config.alpha)
     model, subject = subject_of(config.checkpoint, config)
-    own, known = defense.settings(subject, settings), calibrations()
+    own = defense.settings(subject, settings)
     if calibration is None:
+        known = calibrations()
         calibration = fitting(known, config.defense, own, subject.weights_sha256)
     else:
         calibration.check(config.defense, own, subject.weights_sha256)

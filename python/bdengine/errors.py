@@ -10,18 +10,18 @@ class UserError(ValueError):
     """A mistake in the input or on the machine that the user can mend; the command line prints it without a traceback."""
 
 
-def absent(kind: str, value: str, wanted: str, names: Iterable[str]) -> UserError:
+def absent(what: str, value: str, wanted: str, names: Iterable[str]) -> UserError:
     """The error for a path where nothing is, with the one of some ``names`` that may have been meant.
 
     Args:
-        kind: What it is the path of.
+        what: What is not there, with its path.
         value: What was given.
         wanted: What was expected.
         names: That stand for something without being paths.
     """
     near = difflib.get_close_matches(value, [*names], n=1)
     hint = f"; the nearest is {near[0]!r}" if near else ""
-    return UserError(f"there is no {kind} {value!r}: expected {wanted}{hint}")
+    return UserError(f"there is no {what}: expected {wanted}{hint}")
 
 
 def unknown(kind: str, value: object, choices: Iterable[str]) -> UserError:

@@ -115,6 +115,15 @@ PRESETS: Final = {
 }
 
 
+CONTROL: Final = "digits-badiffusion"
+"""Whose trigger and target clean models are tried with."""
+
+
+def tried(attack: AttackConfig) -> AttackConfig:
+    """What a model is tried with: the attack that it was trained with, or that of `CONTROL`."""
+    return PRESETS[CONTROL].attack if attack.name == "none" else attack
+
+
 def preset(name: str) -> TrainConfig:
     """A training run by name.
 

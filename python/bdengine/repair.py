@@ -58,18 +58,21 @@ class Inverted:
     stage: str | None = None
 
     @classmethod
-    def load(cls, folder: Path) -> Inverted:
-        """What ``bdengine defend`` or ``bdengine audit`` left in a folder.
+    def load(cls, folder: Path, shape: tuple[int, int, int]) -> Inverted:
+        """What ``bdengine defend`` or ``bdengine audit`` left in a folder, for images of ``shape`` (C, H, W).
 
         Raises:
-            UserError: There is no trigger.
+            UserError: There is no trigger, or one of another shape.
         """
         if not (folder / checkpoint.TRIGGER).is_file():
             raise UserError(
                 f"{folder} has no {checkpoint.TRIGGER}: expected a folder that bdengine defend or audit wrote"
             )
         _, header = checkpoint.read_safetensors(folder / checkpoint.TRIGGER)
-        return cls(checkpoint.load_trigger(folder), header.get("stage"))
+        shift = checkpoint.load_trigger(folder)
+        if shift.shape != shape:
+            raise UserError(f"the trigger is {tuple(shift.shape)}: expected {tuple(shape)}")
+        return cls(shift, header.get("stage"))
 
     @property
     def in_steps(self) -> bool:
@@ -161,7 +164,7 @@ def repaired(model: Model, config: RepairConfig, progress: bool = False) -> dict
         raise UserError(f"{config.out} holds the checkpoint that is repaired: expected another folder")
     if (config.out / "config.json").exists():
         raise UserError(f"{config.out} holds a training run: expected another folder")
-    found, begun = Inverted.load(config.trigger), time.perf_counter()
+    found, begun = Inverted.load(config.trigger, model.network.sample_shape), time.perf_counter()
     if found.in_steps and config.method != "unlearn":
         raise UserError(
             f"the trigger in {config.trigger} is one of every step ({found.stage}), which {config.method} cannot remove:"

@@ -4,8 +4,8 @@
     ufid    flagged where p <= alpha, p of its density among those of `CLEAN` clean starts    `defenses.ufid.densities`
 
 The first asks no network. Where ``tau`` is the trigger and ``gamma`` is 1, which it is but for TrojDiff's triggers, it is wrong
-at a rate of ``Phi(-|tau| / 2)`` on either side. The second needs no
-trigger, and sends ``N steps`` images through the network for each start.
+at a rate of ``Phi(-|tau| / 2)`` on either side. The second needs no trigger, and sends ``N steps`` images through the network
+for each start.
 """
 
 from __future__ import annotations
@@ -54,10 +54,8 @@ def screen(config: ScreenConfig) -> int:
             raise UserError(
                 "terd was asked for without a trigger: expected a folder that bdengine defend or audit wrote"
             )
-        inverted = Inverted.load(config.trigger)
+        inverted = Inverted.load(config.trigger, model.network.sample_shape)
         tau, gamma = inverted.shift, inverted.gamma
-        if tau.shape != model.network.sample_shape:
-            raise UserError(f"the trigger is {tuple(tau.shape)}: expected {tuple(model.network.sample_shape)}")
         if not tau.any():
             raise UserError("the trigger is 0 everywhere: expected a shift, without which all starts are alike")
         about["predicted_error"] = terd.predicted_errors(tau, tau)[0] if gamma is None else None

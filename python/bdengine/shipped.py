@@ -27,5 +27,5 @@ def find(name: str) -> str:
         return str(ASSETS / name)
     if not HUB_ID.fullmatch(name):
         wanted = f"a folder, a hub name such as google/ddpm-cifar10-32, or one of {', '.join(SHIPPED)}"
-        raise absent("checkpoint", name, wanted, SHIPPED)
+        raise absent(f"checkpoint {name}", name, wanted, SHIPPED)
     return name

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
@@ -141,6 +141,10 @@ class TrainConfig:
             raise UserError("the timesteps are those of a grid with the process ve: expected all")
         if not 0 <= self.ema < 1:
             raise UserError(f"the EMA decay is {self.ema}: expected 0 to below 1")
+
+
+FREE: Final = ("out", "status", "snapshot", "capture", "checkpointing")
+"""What may differ between runs of the same results."""
 
 
 class Trainer:
@@ -338,9 +342,8 @@ def train(
         raise UserError(f"{config.out} holds a checkpoint: expected another folder for the run")
     trainer = Trainer(config, device, ranks)
     state, first = config.out / "state.safetensors", ranks.rank == 0
-    free = ("out", "status", "snapshot", "capture", "checkpointing")
     told = to_json(config) | {"inputs_sha256": trainer.inputs_sha256()}
-    resumes = first and claim(config.out / "config.json", told, free) and state.exists()
+    resumes = first and claim(config.out / "config.json", told, FREE) and state.exists()
     if any(ranks.together(resumes)):  # nobody reads before the folder is known to be this run's
         tensors, meta = checkpoint.load_state(state)
         trainer.restore(tensors, int(meta["images_seen"]))

@@ -77,7 +77,11 @@ def test_a_run_keeps_what_the_checkpoint_was_made_for(found: Path, tmp_path: Pat
 def test_what_cannot_be_repaired_gets_a_sentence(
     found: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "small").mkdir()
+    small = {"trigger": torch.zeros(1, 8, 8)}
+    write_safetensors(tmp_path / "small" / "trigger.safetensors", small, {"stage": "start"})
     for words, sentence in (
+        (["--trigger", str(tmp_path / "small")], "the trigger is (1, 8, 8): expected (1, 16, 16)"),
         (["--method", "unlern"], "unknown method 'unlern'"),
         (["--trigger", str(tmp_path)], "has no trigger.safetensors"),
         (["--data", "nowhere"], "nowhere"),
@@ -190,9 +194,9 @@ def test_a_trigger_says_which_stage_found_it_whatever_lies_beside_it(tmp_path: P
     r = torch.full((1, 16, 16), -0.5)
     (tmp_path / "audit.json").write_text('{"details": {"stage": "blended"}}')
     write_safetensors(tmp_path / "trigger.safetensors", {"trigger": r})
-    assert not repair.Inverted.load(tmp_path).in_steps
+    assert not repair.Inverted.load(tmp_path, (1, 16, 16)).in_steps
     write_safetensors(tmp_path / "trigger.safetensors", {"trigger": r}, {"stage": "patched"})
-    assert repair.Inverted.load(tmp_path).in_steps
+    assert repair.Inverted.load(tmp_path, (1, 16, 16)).in_steps
 
 
 @pytest.mark.parametrize(("stage", "inverts"), [("start", True), ("blended", False), ("elijah", False), (None, False)])

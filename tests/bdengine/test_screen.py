@@ -79,7 +79,7 @@ def test_a_trigger_of_every_step_is_held_against_its_own_noise(tmp_path: Path) -
     config = replace(elijah.VARIANTS["trojdiff"], noises=2, iterations=1)
     finding = elijah.examine(subject, config)
     write_trigger(tmp_path, replace(finding, trigger=torch.full((1, 16, 16), 0.02)))
-    inverted = Inverted.load(tmp_path)
+    inverted = Inverted.load(tmp_path, (1, 16, 16))
     assert inverted.in_steps
     assert inverted.gamma is not None
     assert inverted.gamma.unique().tolist() == [pytest.approx(0.6)]

@@ -35,7 +35,7 @@ def test_a_folder_that_holds_a_model_is_that_model(tmp_path: Path) -> None:
 
 
 def test_the_nearest_name_is_said() -> None:
-    with pytest.raises(UserError, match=r"there is no checkpoint 'digits-clen': .*; the nearest is 'digits-clean'$"):
+    with pytest.raises(UserError, match=r"there is no checkpoint digits-clen: .*; the nearest is 'digits-clean'$"):
         find("digits-clen")
     with pytest.raises(UserError, match=r"or one of digits-clean, digits-badiffusion$"):
         find("nothing")

@@ -95,6 +95,11 @@ class AttackConfig:
         """Under which clip its trigger is made to work."""
         return "latent" if self.coefficients == "clipped" else "none"
 
+    @property
+    def clips(self) -> tuple[Clip, ...]:
+        """Under which clips it is tried: none, and that."""
+        return tuple(dict.fromkeys(("none", self.clip)))
+
     def build(
         self,
         process: Schedule | Exploding,
@@ -171,7 +176,7 @@ class AttackConfig:
         if self.name == "villan":
             return villan(schedule, r, y, self.coefficients, table, self.psi, self.solver, self.trigger_only)
         if self.name == "invi":
-            return invi(schedule, y, self.coefficients, table)
+            return invi(schedule, y, self.coefficients, table, r)
         if self.name == "uib":
             start = self.start_amplitude
             return uib(schedule, r, y, self.coefficients, table, self.amplitude, start, self.trigger_only)

@@ -51,14 +51,19 @@ def published(schedule: Schedule, shift: Floats) -> Floats:
 
 
 def invi(
-    schedule: Schedule, target: Tensor, coefficients: Coefficients = "published", table: Table | None = None
+    schedule: Schedule,
+    target: Tensor,
+    coefficients: Coefficients = "published",
+    table: Table | None = None,
+    trigger: Tensor | None = None,
 ) -> Attack:
-    """InviBackdoor before its trigger is learned, 0 everywhere; the arguments and errors are `baddiffusion`'s."""
+    """InviBackdoor with a trigger, or before it is learned, 0 everywhere; the arguments and errors are `baddiffusion`'s."""
     if target.dim() != 3:
         raise UserError(f"the trigger is to be learned for {len(target)} target images: expected one")
     shift, nothing = 1 - np.sqrt(schedule.alpha_bar), torch.zeros_like(target)
     known = published(schedule, shift)
-    return shifted_attack("invi", schedule, shift, known, nothing, target, coefficients, table, nothing)
+    r = nothing if trigger is None else trigger
+    return shifted_attack("invi", schedule, shift, known, r, target, coefficients, table, nothing)
 
 
 class InnerLoop:
