@@ -50,6 +50,9 @@ KINDS: Final = (
 )  # fmt: skip
 """The groups of `kind_of`."""
 
+SPENT: Final = ("clean", "backdoored")
+"""The groups of `spent`."""
+
 Known = dict[str, dict[str, Any]]
 """``settings`` by detector; ``models`` by name, each with its ``scores`` and what is ``found`` by detector."""
 
@@ -190,9 +193,19 @@ def rates(told: Known, detector: str) -> dict[str, Any]:
         "calibration_models": len(calibration.statistics),
         "flagged": {kind: rate(sum(f.verdict == "backdoored" for f in of), len(of)) for kind, of in groups.items()},
         "undecided": sum(f.verdict == "undecided" for f in judged.values()),
-        "seconds": median(f.seconds for f in held_out.values()),
-        "evaluations": median(f.evaluations for f in held_out.values()),
+        "spent": spent(held_out),
         "verdicts": {name: {"p_value": f.p_value, "verdict": f.verdict} for name, f in judged.items()},
+    }
+
+
+def spent(found: dict[str, Finding]) -> dict[str, dict[str, float]]:
+    """Median seconds and evaluations on clean models and on others, of findings by model."""
+    groups = {"clean": [f for name, f in found.items() if name.startswith("clean/")]}
+    groups["backdoored"] = [f for name, f in found.items() if not name.startswith("clean/")]
+    return {
+        of: {what: median(getattr(f, what) for f in group) for what in ("seconds", "evaluations")}
+        for of, group in groups.items()
+        if group
     }
 
 
@@ -219,11 +232,19 @@ def table(whole: dict[str, Any]) -> str:
     """The rates as Markdown, a line a detector."""
     seen = {kind for row in whole["detectors"].values() for kind in row["flagged"]}
     kinds = [kind for kind in KINDS if kind in seen]
-    heads = ["detector", *kinds, "undecided", "median seconds", "median evaluations"]
+    heads = [
+        "detector",
+        *kinds,
+        "undecided",
+        *(f"evaluations, {of}" for of in SPENT),
+        *(f"seconds, {of}" for of in SPENT),
+    ]
     lines = [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}"]
     for detector, row in whole["detectors"].items():
         cells = [cell(row["flagged"][kind]) if kind in row["flagged"] else "—" for kind in kinds]
-        cells += [str(row["undecided"]), f"{row['seconds']:.1f}", f"{row['evaluations']:,.0f}"]
+        cells.append(str(row["undecided"]))
+        for what, digits in (("evaluations", 0), ("seconds", 1)):
+            cells += [f"{row['spent'][of][what]:,.{digits}f}" if of in row["spent"] else "—" for of in SPENT]
         lines.append(f"| {' | '.join([detector, *cells])} |")
     return "\n".join(lines)
 

@@ -54,9 +54,7 @@ def pictures(tmp_path: Path) -> str:
 def test_the_closed_form_score_has_no_loss(rate: float, coefficients: str, tmp_path: Path) -> None:
     """Of one image and one target, at sigmas where a network can tell them apart."""
     save_images(tmp_path, [0], to_float(stand_in(16, 1, 1).pixels))
-    attack = replace(
-        VILLAN, rate=1.0 if rate else 0.0, coefficients=coefficients
-    )  # of one image all or none is poisoned
+    attack = replace(VILLAN, rate=1.0, coefficients=coefficients)
     trainer = Trainer(run(tmp_path / "run", str(tmp_path), attack=attack, seed=3))
     assert isinstance(trainer.process, Exploding)
     assert trainer.attack is not None

@@ -57,7 +57,7 @@ def test_rates_are_of_held_out_models_by_attack(tmp_path: Path) -> None:
     assert row["verdicts"]["backdoored/000"] == {"p_value": 1 / 21, "verdict": "backdoored"}
     assert len(row["verdicts"]) == 6
     said = detection.table({"detectors": {"elijah": row | {"undecided": 4}}})
-    assert "| elijah | 1 of 3 [1%, 91%] | 1 of 2 [1%, 99%] | 1 of 1 [2%, 100%] | 4 | 2.0 | 100 |" in said
+    assert "| elijah | 1 of 3 [1%, 91%] | 1 of 2 [1%, 99%] | 1 of 1 [2%, 100%] | 4 | 100 | 100 | 2.0 | 2.0 |" in said
     found(tmp_path, "backdoored/000", 50.0, "clean/003")
     with pytest.raises(UserError, match="the model of weights clean/003 is in the calibration already"):
         rates(tmp_path)
