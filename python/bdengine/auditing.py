@@ -16,7 +16,7 @@ from .audit import AUDIT_SEEDS, examine, lacking, settings_of, stages_of
 from .audit import audit as audited
 from .commands import Model
 from .config import claim, command, to_json
-from .defend import calibrations, chosen, fitting, recipe, subject_of, unfitting, with_caveat, write_trigger
+from .defend import calibrations, chosen, fitting, recipe, remarks, subject_of, unfitting, write_trigger
 from .defenses import DEFENSES, Calibration, Finding
 from .defenses.result import EXIT, check_alpha
 from .errors import UserError, unknown
@@ -43,6 +43,7 @@ def audit(config: AuditConfig) -> int:
     reason = unfitting(known, *examined) if calibration is None else lacking(calibration, config.alpha)
     if reason is not None:
         print(f"it will end undecided, since {reason}", file=sys.stderr)
+    told = remarks(calibration, reason, model)
     stages, names, finding = audited(subject, calibration, config.alpha), stages_of(subject), None
     run = {name: value for name, value in to_json(config).items() if name != "out"}
     with tqdm(total=len(names), unit="stage", desc=names[0]) as bar:
@@ -53,10 +54,7 @@ def audit(config: AuditConfig) -> int:
             bar.set_description(names[done] if done < len(names) else "done")
     if finding is None:
         raise UserError("the audit has no stages for this model: expected at least one")
-    if calibration is None:
-        finding = replace(finding, details=finding.details | {"reason": reason})
-    else:
-        finding = with_caveat(finding, calibration, model)
+    finding = replace(finding, details=finding.details | told)
     write_json(config.out / "audit.json", finding.to_json() | {"run": run})
     same_seeds = range(AUDIT_SEEDS, AUDIT_SEEDS + SHOWN)
     own = subject.sampled({"": Arm(subject.table)}, same_seeds, SHOWN)[""]

@@ -143,16 +143,24 @@ def examined(config: DefendConfig, warned: bool = False) -> tuple[Model, Finding
             )
     if reason is not None and warned:
         print(f"it will end undecided, since {reason}", file=sys.stderr)
+    remarked = remarks(calibration, reason, model)
     finding = defense.examine(subject, settings)
     if calibration is not None:
-        return model, with_caveat(calibration.judge(finding, config.alpha), calibration, model)
-    return model, finding if reason is None else replace(finding, details=finding.details | {"reason": reason})
+        finding = calibration.judge(finding, config.alpha)
+    return model, replace(finding, details=finding.details | remarked)
 
 
-def with_caveat(finding: Finding, calibration: Calibration, model: Model) -> Finding:
-    """The finding, with the calibration's caveat on the model among its details where there is one."""
-    caveat = calibration.caveat(recipe(model.train))
-    return finding if caveat is None else replace(finding, details=finding.details | {"caveat": caveat})
+def remarks(calibration: Calibration | None, reason: str | None, model: Model) -> dict[str, str]:
+    """Of a finding's details, what is known before it is made: why there will be no verdict, or what its rates are of.
+
+    Raises:
+        UserError: As `recipe`.
+    """
+    trained = recipe(model.train)
+    if calibration is None:
+        return {} if reason is None else {"reason": reason}
+    caveat = calibration.caveat(trained)
+    return {} if caveat is None else {"caveat": caveat}
 
 
 def write_trigger(out: Path, finding: Finding) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from bdengine import audit, auditing, markup, pictures
 from bdengine.arms import Arm
-from bdengine.checkpoint import save_pipeline
+from bdengine.checkpoint import EXTRA, save_pipeline
 from bdengine.cli import main
 from bdengine.commands import Model
 from bdengine.defenses import DEFENSES, Calibration, Finding, Subject, elijah, purediffusion, starts, ufid
@@ -111,6 +111,18 @@ def test_after_an_interruption_a_calibration_goes_on(
     assert run(*options) == 0
     assert seen[1:] == [seen[1], seen[1]]
     assert len(Calibration.load(tmp_path / "out" / "calibration.json").statistics) == 2
+
+
+def test_a_strangers_recipe_that_is_none_is_refused_before_anything_is_examined(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = untrained(tmp_path / "model", 1)
+    write_json(model / EXTRA, {"train": {"batch": "many"}})
+    for command in (("audit",), ("defend", "--defense", "elijah", "--steps", 3)):
+        out = tmp_path / command[0]
+        assert run(command[0], model, *command[1:], "--out", out) == 2
+        assert "batch" in capsys.readouterr().err
+        assert not out.exists()
 
 
 def test_a_calibration_has_the_options_of_what_it_is_for(tmp_path: Path, clean: tuple[Path, Path]) -> None:
