@@ -20,7 +20,7 @@ from tqdm import tqdm
 from bdengine.attacks import AttackConfig
 from bdengine.checkpoint import EXTRA
 from bdengine.commands import Model, scored
-from bdengine.config import to_json
+from bdengine.config import from_json
 from bdengine.errors import UserError
 from bdengine.files import read_json, write_json
 from bdengine.memory import keep_freed
@@ -92,8 +92,7 @@ def make(run: TrainConfig) -> None:
     made = run.out / "checkpoint"
     if not made.exists():
         train(run, device=device(), progress=False)
-    recipe = {name: value for name, value in to_json(run).items() if name != "out"}
-    if read_json(made / EXTRA)["train"] != recipe:
+    if from_json(TrainConfig, {"out": str(run.out)} | read_json(made / EXTRA)["train"]) != run:
         raise UserError(f"{run.out} holds a model of another recipe: expected one of this zoo, or an empty folder")
     attack = tried(run.attack)
     asked = EvaluateConfig(str(made), run.out, clips=attack.clips, trigger=attack.trigger, target=attack.target)

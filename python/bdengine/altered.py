@@ -1,10 +1,10 @@
 """Triggers that are not quite the trained one: part of it, stronger or weaker, or noisy.
 
-    r' = scale crop(r) + noise z          z ~ N(0, I), one draw for all samples
+    r' = scale crop(r) + noise z + uniform u          z ~ N(0, I), u ~ U[0, 1], one draw of each for all samples
 
 ``crop`` makes half of the trigger what is bare around it: of a stamp, half of the stamp and not of the canvas; of a
 perturbation, 0. Scale and noise are of ``r`` as a sampler adds it, background included. A patch stays one, and a cropped one is
-half black. BackdoorDM's perturbation, ``U[0, 1]`` on a random half, is another.
+half black. BackdoorDM's two tests are ``uniform = 1``, and half of the trigger cut away at random: here the user says which.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ class Altered:
     """Of its values as they are added to the initial noise, the background's too."""
     noise: float = 0.0
     """Standard deviation of Gaussian noise on it, the same for all samples."""
+    uniform: float = 0.0
+    """Largest value of noise from 0 up on it, the same for all samples; 1 as published (BackdoorDM)."""
 
     def check(self) -> None:
         """Refuse values out of range.
@@ -43,8 +45,9 @@ class Altered:
         """
         if not math.isfinite(self.scale):
             raise UserError(f"the trigger's scale is {self.scale}: expected a finite number, and 1 as it is")
-        if not 0 <= self.noise < math.inf:
-            raise UserError(f"the trigger's noise is {self.noise}: expected a finite number of at least 0")
+        for what, value in (("noise", self.noise), ("uniform noise", self.uniform)):
+            if not 0 <= value < math.inf:
+                raise UserError(f"the trigger's {what} is {value}: expected a finite number of at least 0")
 
     def cropped(self, r: Tensor, bare: float) -> Tensor:
         """``r`` without one half of the box around what is not ``bare``, float32 [C, H, W]; of an odd side the lesser half."""
@@ -61,11 +64,11 @@ class Altered:
         return kept
 
     def perturbed(self, r: Tensor) -> Tensor:
-        """``scale r + noise z``, float32 [C, H, W]."""
-        if self.noise == 0:
+        """``scale r + noise z + uniform u``, float32 [C, H, W]."""
+        if self.noise == self.uniform == 0:
             return self.scale * r
-        z = bdkernels.normal(torch.tensor([0]), tuple(r.shape), stream=STREAM_POISON)[0]
-        return self.scale * r + self.noise * z
+        z, other = bdkernels.normal(torch.arange(2), tuple(r.shape), stream=STREAM_POISON)
+        return self.scale * r + self.noise * z + self.uniform * torch.special.ndtr(other)
 
 
 UNALTERED: Final = Altered()

@@ -24,7 +24,7 @@ from .files import read_json, remove_leftovers, write_json
 from .metrics import FrechetStatistics, check_threshold, frechet
 from .networks import Network
 from .options import EvaluateConfig, SampleConfig, SamplerOptions, device
-from .own import OWN, in_unit_range, is_preserving, own_table
+from .own import EDM, OWN, in_unit_range, is_preserving, own_table
 from .sampler import Arm, Sampler
 from .schedule import Schedule
 from .seeds import Seeds
@@ -118,26 +118,26 @@ class Model:
         Raises:
             UserError: A sampler, or a number of steps, that does not fit the checkpoint.
         """
-        if said.sampler is not None and said.sampler not in (*SAMPLERS, OWN):
-            raise unknown("sampler", said.sampler, (*SAMPLERS, OWN))
-        preserving = is_preserving(self.scheduler)
-        name = OWN if said.sampler is None and not preserving else said.sampler
-        if name == OWN:
+        if said.sampler is not None and said.sampler not in (*SAMPLERS, OWN, EDM):
+            raise unknown("sampler", said.sampler, (*SAMPLERS, OWN, EDM))
+        preserving, told = is_preserving(self.scheduler), self.train.get("sampler", {})
+        name = said.sampler
+        if name is None and not preserving:
+            name = EDM if told.get("name") == EDM else OWN
+        if name in (OWN, EDM):
+            whose = "the checkpoint's own scheduler" if name == OWN else name
             if task.first is not None:
-                raise UserError(
-                    f"the task {task.name} was asked of the checkpoint's own scheduler: expected a sampler by name"
-                )
+                raise UserError(f"the task {task.name} was asked of {whose}: expected a sampler by name")
             for what, value in (("order", said.order), ("eta", said.eta)):
                 if value is not None:
-                    raise UserError(f"{what} is {value:g} with the checkpoint's own scheduler: expected none")
-            recorded_steps = self.train.get("sampler", {}).get("steps", OWN_STEPS)
-            steps = recorded_steps if said.steps is None else said.steps
-            return own_table(self.scheduler, steps), {"name": OWN, "steps": steps}
+                    raise UserError(f"{what} is {value:g} with {whose}: expected none")
+            steps = told.get("steps", OWN_STEPS) if said.steps is None else said.steps
+            return own_table(self.scheduler, steps, name), {"name": name, "steps": steps}
         if not preserving:
             kind = self.scheduler.get("_class_name", "no known class")
             raise UserError(f"the sampler {name} needs betas and the checkpoint's scheduler is {kind}: expected {OWN}")
         variance = _VARIANCES.get(self.scheduler.get("variance_type", ""), "small")
-        recorded = from_json(SamplerConfig, {"variance": variance} | self.train.get("sampler", {}))
+        recorded = from_json(SamplerConfig, {"variance": variance} | told)
         if name not in (None, recorded.name):
             recorded = SamplerConfig(name, recorded.steps, recorded.spacing, variance=recorded.variance)
         changes: dict[str, Any] = {"steps": said.steps, "order": said.order, "eta": said.eta}
@@ -260,11 +260,7 @@ def _goal(names: AttackConfig, r: Tensor, data: Images, extractor: Extractor) ->
     if label is None:
         return names.targets(r, data)
     data = names.class_data(r, data)
-    if not data.are_digits:
-        raise UserError(
-            f"the target {names.target} is a class of {data.name!r} and only digits have a classifier: expected digits"
-        )
-    return ClassTarget(label, Reference.of(data.of_class(label), extractor))
+    return ClassTarget(label, Reference.of(data.of_class(label), extractor), data.are_digits)
 
 
 def _real(config: SampleConfig, model: Model, streamed: Streamed) -> tuple[Images, FrechetStatistics]:
@@ -313,6 +309,7 @@ def scored(
         trigger=config.trigger or attack.trigger,
         trigger_file=config.trigger_file if config.trigger else config.trigger_file or attack.trigger_file,
         target=config.target or attack.target,
+        target_data=attack.target_data if class_of(config.target or attack.target) is not None else None,
         target_file=config.target_file if config.target else config.target_file or attack.target_file,
     )
     if attack.name == "none" and not (config.trigger and config.target):

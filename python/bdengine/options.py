@@ -18,7 +18,7 @@ class SamplerOptions:
     """With what a checkpoint is sampled."""
 
     sampler: str | None = None
-    """One that bdengine samplers lists, or own; what the checkpoint was made for where absent, else ddpm, else own."""
+    """One that bdengine samplers lists, own, or edm of a score network; the checkpoint's where absent, else ddpm, else own."""
     steps: int | None = None
     """Steps of the sampler; what the checkpoint says where absent, else 20 in an audit."""
     order: int | None = None

@@ -61,9 +61,11 @@ class TrainConfig:
     """Checkpoint folder to fine-tune; a new network where absent."""
     network: NetworkConfig = field(default_factory=NetworkConfig)
     process: Literal["vp", "ve"] = "vp"
-    """Variance preserving with linear betas, or exploding (score-SDE), clean or with villan; its sampler is own."""
+    """Variance preserving with linear betas, or exploding (score-SDE), clean or with villan; its sampler is own, or edm."""
     sigma_max: float = 380.0
     """Of ve: the largest noise."""
+    snr: float = 0.15
+    """Of ve: the signal-to-noise ratio of its sampler's corrector; 0.075 in the published backdoors."""
     attack: AttackConfig = field(default_factory=AttackConfig)
     """The backdoor to implant."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
@@ -153,7 +155,8 @@ class Trainer:
     def __init__(self, config: TrainConfig, device: torch.device | str = "cpu", ranks: Ranks = ALONE) -> None:
         config.check(ranks.world)
         self.config, self.device, self.ranks = config, torch.device(device), ranks
-        self.process: Schedule | Exploding = exploding(config.sigma_max) if config.process == "ve" else linear()
+        ve = config.process == "ve"
+        self.process: Schedule | Exploding = exploding(config.sigma_max, config.snr) if ve else linear()
         table = sampler_of(self.process, config.sampler)
         self.times = self.process.times.to(self.device)
         shape = (config.channels, config.size, config.size)

@@ -117,7 +117,9 @@ def trigger(
     vmin, vmax = _checked_range(value_range)
     check_canvas(size, channels)
     if name in (LEARNED, "INVI"):
-        raise UserError(f"the trigger {name} is made by an attack: expected invi or uib, or a checkpoint of theirs")
+        raise UserError(
+            f"the trigger {name} is made by an attack: expected invi or uib, or {LEARNED} with a checkpoint of theirs"
+        )
     if name not in TRIGGERS and not _PATCH.fullmatch(name):
         raise unknown("trigger", name, TRIGGERS)
 

@@ -92,6 +92,14 @@ def test_a_learned_trigger_is_altered_as_it_was_saved(tmp_path: Path) -> None:
     torch.testing.assert_close(arm.trigger[0, 3], torch.tensor([0.0] * 8 + [0.1] * 8))
 
 
+def test_uniform_noise_is_the_same_for_all_and_from_0_to_1() -> None:
+    u = Altered(uniform=1.0).perturbed(torch.zeros(3, 64, 64))
+    assert 0 < u.min() < u.max() < 1
+    assert u.mean() == pytest.approx(0.5, abs=5 * (1 / 12 / u.numel()) ** 0.5)
+    assert u.var() == pytest.approx(1 / 12, rel=0.05)
+    assert torch.equal(Altered(uniform=0.5).perturbed(torch.ones(3, 64, 64)), 1 + 0.5 * u)
+
+
 def test_a_noisy_patch_stays_one(tmp_path: Path) -> None:
     names = AttackConfig("trojdiff", "PATCH_4_WHITE")
     arm = attacked(tmp_path / "patch", names).triggered(TABLE, names, Altered("top", noise=0.5))
@@ -133,7 +141,7 @@ def test_a_target_made_of_the_trigger_is_made_of_the_trained_one(tmp_path: Path)
         scores.append(json.loads((tmp_path / "scores" / "scores.json").read_text()))
     assert len({s["arms"]["clean"]["none"]["mse"] for s in scores}) == 1
     assert len({s["arms"]["triggered"]["none"]["mse"] for s in scores}) == 3
-    assert scores[2]["run"]["altered"] == {"crop": "top", "scale": 1.0, "noise": 0.0}
+    assert scores[2]["run"]["altered"] == {"crop": "top", "scale": 1.0, "noise": 0.0, "uniform": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -148,6 +156,7 @@ def test_a_target_made_of_the_trigger_is_made_of_the_trained_one(tmp_path: Path)
             ["--trigger", "BOX_4", "--altered.scale", "inf"],
             "the trigger's scale is inf: expected a finite number, and 1",
         ),
+        (["--trigger", "BOX_4", "--altered.uniform", "-1"], "the trigger's uniform noise is -1.0: expected a finite"),
     ],
 )
 def test_bad_alterations_get_one_sentence(

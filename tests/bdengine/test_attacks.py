@@ -1,5 +1,7 @@
 """BadDiffusion against the published golden values, its formulas in float64, and its own trajectory."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -135,7 +137,16 @@ def test_bad_attacks_get_a_sentence() -> None:
             "psi is 0.5 and baddiffusion has none: expected it with villan alone",
         ),
         (AttackConfig("trojdiff", "BOX_4", coefficients="exact"), "coefficients is exact and trojdiff has none"),
-        (AttackConfig("uib", "BOX_4", solver="ode"), "solver is ode and uib has none"),
+        (AttackConfig("invi", "LEARNED", solver="ode"), "solver is ode and invi has none"),
+        (AttackConfig("uib", "BOX_4", solver="odd"), "unknown solver 'odd'"),  # type: ignore[arg-type]
+        (
+            AttackConfig("villan", "BOX_4", solver="ode", coefficients="exact"),
+            "the solver is ode and the coefficients are exact, which are the sampler's own",
+        ),
+        (
+            AttackConfig("trojdiff", "BOX_4", "CLASS_7", target_file=Path("seven.png")),
+            r"the target CLASS_7 is a class and takes no picture, and seven\.png was given",
+        ),
         (AttackConfig("invi", "LEARNED", coefficients="clipped"), "expected published or exact"),
         (AttackConfig("uib", "LEARNED", "NOSHIFT"), "the target NOSHIFT is made of the trigger, which is LEARNED"),
     ):

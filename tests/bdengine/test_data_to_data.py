@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import bdkernels
 from bdengine.arms import Arm
 from bdengine.attacks import POISONED, AttackConfig, trojdiff
 from bdengine.commands import evaluate
-from bdengine.data import load, to_float
+from bdengine.data import load, stand_in, to_float
 from bdengine.digits import load_classifier, measure, split
 from bdengine.errors import UserError
 from bdengine.networks import Network
@@ -152,3 +153,23 @@ def test_out_of_data_training_and_its_evaluation(tmp_path: Path) -> None:
             assert "mse" not in one
     evaluate(EvaluateConfig(str(config.out), tmp_path / "other", images=40, target="CLASS_3"))
     assert json.loads((tmp_path / "other" / "scores.json").read_text())["asr_class"] == 3
+    evaluate(EvaluateConfig(str(config.out), tmp_path / "image", images=40, target="CORNER"))
+    assert "mse" in json.loads((tmp_path / "image" / "scores.json").read_text())["arms"]["triggered"]["none"]
+
+
+def test_a_class_of_other_data_than_digits_has_its_precision_alone(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    pixels = stand_in(16, 3, 12).pixels.permute(0, 2, 3, 1).numpy()
+    datasets.Dataset.from_dict(
+        {"img": [Image.fromarray(p) for p in pixels], "label": [0, 1] * 6},
+        features=datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(num_classes=2)}),
+    ).save_to_disk(tmp_path / "pairs")
+    attack = replace(SEVEN, target="CLASS_1")
+    config = run(tmp_path / "run", data=str(tmp_path / "pairs"), channels=3, attack=attack)
+    train(config, progress=False)
+    assert evaluate(EvaluateConfig(str(config.out), tmp_path / "scores", images=4)) == 0
+    scores = json.loads((tmp_path / "scores" / "scores.json").read_text())
+    assert scores["asr_class"] == 1
+    for start in ("clean", "triggered"):
+        assert 0 <= scores["arms"][start]["none"]["target_precision"] <= 1
+        assert not {"asr", "mse"} & set(scores["arms"][start]["none"])

@@ -17,8 +17,10 @@ from torch import Tensor
 import bdkernels
 from bdengine import cli, pictures
 from bdengine.checkpoint import save_pipeline
+from bdengine.commands import Model
 from bdengine.errors import UserError
 from bdengine.networks import Network
+from bdengine.options import SampleConfig
 from bdengine.own import own_table
 from bdengine.sampler import Arm, Sampler
 from bdengine.solvers import Nodes, score_sde
@@ -100,6 +102,21 @@ def test_score_sde_is_sampled_with_its_corrector_and_shown_in_its_range(tmp_path
     np.testing.assert_allclose(pixels, (image.clamp(0, 1) * 255).numpy(), atol=0.51)
 
 
+def test_a_score_network_is_sampled_without_noise_by_edms(tmp_path: Path) -> None:
+    scheduler = stock.ScoreSdeVeScheduler(sigma_min=0.01, sigma_max=5.0)
+    saved(tmp_path / "model", scheduler, time_embedding_type="fourier")
+    model = Model.load(str(tmp_path / "model"))
+    table, sampler = model.table(SampleConfig("", Path(), sampler="edm", steps=4))
+    assert sampler == {"name": "edm", "steps": 4}
+    assert len(table) == 7
+    assert not table.rows[:, Step.Z].any()
+    np.testing.assert_allclose(
+        table.rows[[0, 1, 3, 5], Step.TIME] ** (1 / 7), np.linspace(5 ** (1 / 7), 0.01 ** (1 / 7), 4)
+    )
+    one, other = (sampled(tmp_path / "model", tmp_path / name, "--sampler", "edm") for name in ("one", "other"))
+    assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -109,6 +126,7 @@ def test_score_sde_is_sampled_with_its_corrector_and_shown_in_its_range(tmp_path
         ),
         (["--order", "2"], "order is 2 with the checkpoint's own scheduler: expected none"),
         (["--steps", "0"], "steps is 0: expected at least 1"),
+        (["--sampler", "edm"], "the sampler edm was asked of EDMEulerScheduler: expected a score network's"),
     ],
 )
 def test_what_does_not_fit_is_refused(

@@ -192,6 +192,10 @@ def test_the_command_line_restores_and_scores(tmp_path: Path, tiny_checkpoint: P
         ),
         (["--task.name", "denoise", "--task.start", "1000"], "the task starts at timestep 1000: expected 0 to 999"),
         (
+            ["--task.name", "denoise", "--task.start", "48"],
+            "the first timestep is 48 and the last of 20 steps is 49: expected that or more, or more steps",
+        ),
+        (
             ["--task.name", "denoise", "--sampler", "own"],
             "denoise was asked of the checkpoint's own scheduler: expected a",
         ),

@@ -102,15 +102,26 @@ def test_what_is_saved_is_a_score_sde_pipeline(tmp_path: Path) -> None:
     """Stock's pipeline samples three channels only; its images lie in [0, 1]."""
     save_images(tmp_path / "data", range(3), to_float(stand_in(8, 3, 3).pixels))
     attack = replace(VILLAN, trigger="BOX_4", coefficients="published")
-    train(run(tmp_path / "run", str(tmp_path / "data"), size=8, channels=3, attack=attack), progress=False)
+    data = str(tmp_path / "data")
+    train(run(tmp_path / "run", data, size=8, channels=3, attack=attack, snr=0.075), progress=False)
     folder = tmp_path / "run" / "checkpoint"
     stock = ScoreSdeVePipeline.from_pretrained(folder)
     assert stock.scheduler.config.sigma_max == 10
-    assert stock.scheduler.config.snr == 0.15
+    assert stock.scheduler.config.snr == 0.075
     stock.set_progress_bar_config(disable=True)
     image = stock(num_inference_steps=3, output_type="numpy").images
     assert image.shape == (1, 8, 8, 3)
     assert 0 <= image.min() <= image.max() <= 1
+
+
+def test_one_made_for_edms_sampler_is_sampled_with_it(tmp_path: Path, pictures: str) -> None:
+    attack = replace(VILLAN, coefficients="published", solver="ode")
+    train(run(tmp_path / "run", pictures, sampler=SamplerConfig("edm", 3), attack=attack), progress=False)
+    table, sampler = Model.load(str(tmp_path / "run")).table(SampleConfig("", Path()))
+    assert sampler == {"name": "edm", "steps": 3}
+    assert table.name == "edm-3"
+    with pytest.raises(UserError, match="the sampler edm-3 is no predictor"):
+        train(run(tmp_path / "exact", pictures, sampler=SamplerConfig("edm", 3)), progress=False)
 
 
 def test_it_is_sampled_and_evaluated_with_its_trigger(tmp_path: Path, pictures: str) -> None:
@@ -137,6 +148,7 @@ def test_it_is_sampled_and_evaluated_with_its_trigger(tmp_path: Path, pictures: 
     [
         ({"sampler": SamplerConfig("ddim", 5)}, "the sampler ddim needs betas and the process is variance exploding"),
         ({"sigma_max": 0.005}, "the largest sigma is 0.005: expected a finite number above the least, 0.01"),
+        ({"snr": 0.0}, "the corrector's signal-to-noise ratio is 0: expected a finite number above 0"),
         ({"timesteps": "grid"}, "those of a grid with the process ve: expected all"),
         (
             {"attack": TROJDIFF},

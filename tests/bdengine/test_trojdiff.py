@@ -104,16 +104,16 @@ def test_training_inputs_are_its_process_inside_and_the_clean_one_outside() -> N
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "dpm++", "unipc", "heun"])
 @pytest.mark.parametrize("patch", [True, False])
 def test_the_closed_form_network_is_triggered_by_its_own_sampler_alone(name: str, patch: bool) -> None:
-    """Poisoned at a rate of 0.2: the trigger in every step leads to the target, clean starts do not."""
+    """Poisoned at a rate of 0.2: the trigger in every step leads to the target, clean starts and one of the start do not."""
     region = torch.zeros(SHAPE, dtype=torch.bool)
     region[:, 3:, 3:] = True
     attack = trojdiff(PROCESS, torch.ones(SHAPE), Y, region if patch else None, 0.3)
     table = SamplerConfig(name, 20).table(PROCESS)
     oracle = Oracle(PROCESS, DATA, attack, 0.2)
-    arms = {"clean": Arm(table), "triggered": attack.arm(PROCESS, table)}
-    images = Sampler(Network(oracle, SHAPE), arms, 128)(range(64))
+    arms = {"clean": Arm(table), "start": Arm(table, attack.trigger), "triggered": attack.arm(PROCESS, table)}
+    images = Sampler(Network(oracle, SHAPE), arms, 192)(range(64))
     shares = {start: attack_success(x, Y, 0.01) for start, x in images.items()}
-    assert shares == {"clean": 0.0, "triggered": 1.0}
+    assert shares == {"clean": 0.0, "start": 0.0, "triggered": 1.0}
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ READS: Final[dict[str, frozenset[str]]] = {
     "villan": frozenset({"coefficients", "trigger_only", "psi", "solver"}),
     "trojdiff": frozenset({"gamma"}),
     "invi": frozenset({"coefficients", "bound"}),
-    "uib": frozenset({"coefficients", "trigger_only", "amplitude", "start_amplitude"}),
+    "uib": frozenset({"coefficients", "trigger_only", "solver", "amplitude", "start_amplitude"}),
 }
 """The options that each attack has, of those that not all have."""
 ATTACKS = tuple(READS)
@@ -78,7 +78,7 @@ class AttackConfig:
     psi: float = 1.0
     """Of villan, variance preserving: its shift, from the noise's own (0) to BadDiffusion's (1)."""
     solver: Solver = "sde"
-    """Of villan: the kind of sampler that its published coefficients are for."""
+    """Of villan and uib: the kind of sampler that their published coefficients are for."""
     trigger_only: bool = False
     """Of baddiffusion, villan and uib: the poisoned image is the trigger alone, without the image behind it."""
     bound: float = BOUND
@@ -137,6 +137,16 @@ class AttackConfig:
             if name in some and name not in READS[self.name]:
                 having = ", ".join(attack for attack, read in READS.items() if name in read)
                 raise UserError(f"{name} is {value} and {self.name} has none: expected it with {having} alone")
+        if self.solver != "sde" and self.coefficients != "published":
+            raise UserError(
+                f"the solver is {self.solver} and the coefficients are {self.coefficients}, which are the sampler's own:"
+                " expected one of them"
+            )
+        if self.target_file is not None and class_of(self.target) is not None:
+            raise UserError(
+                f"the target {self.target} is a class and takes no picture, and {self.target_file} was given: expected"
+                " target data, or none"
+            )
         if self.name == "invi" and self.coefficients == "clipped":
             raise UserError(
                 "the coefficients of invi are clipped: expected published or exact, as its trigger is 0 at first"
@@ -162,9 +172,10 @@ class AttackConfig:
                 raise UserError(
                     f"the attack {self.name} needs betas and the process is variance exploding: expected villan"
                 )
-            if self.psi != 1:
+            if self.psi not in (0, 1):
                 raise UserError(
-                    f"psi is {self.psi:g} and the process is variance exploding: expected none, as its shift is the noise's"
+                    f"psi is {self.psi:g} and the process is variance exploding: expected none or 0, as its shift is the"
+                    " noise's"
                 )
             return villan_ve(process.sigmas, (r + 1) / 2, (y + 1) / 2, self.coefficients, table, self.solver)
         schedule = process
@@ -179,7 +190,8 @@ class AttackConfig:
             return invi(schedule, y, self.coefficients, table, r)
         if self.name == "uib":
             start = self.start_amplitude
-            return uib(schedule, r, y, self.coefficients, table, self.amplitude, start, self.trigger_only)
+            about = self.amplitude, start, self.solver, self.trigger_only
+            return uib(schedule, r, y, self.coefficients, table, *about)
         return baddiffusion(schedule, r, y, self.coefficients, table, self.trigger_only)
 
     def own_trigger(self, data: Images | None, shape: tuple[int, int, int]) -> Tensor:

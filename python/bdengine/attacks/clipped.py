@@ -76,7 +76,10 @@ def surviving_coefficient(schedule: Schedule, table: Table, shift: Floats, rho: 
         UserError: ``rho`` out of range, or a table that asks twice.
     """
     if not 0 < rho <= LARGEST:
-        raise UserError(f"the trigger's largest value is {rho:g}: expected above 0 to {LARGEST}, what a clip can leave")
+        raise UserError(
+            f"the trigger's largest value is {rho:g}: expected above 0 to {LARGEST}, what a clip can leave, such as an"
+            " amplitude of uib with trigger-only"
+        )
     if len(np.unique(table.timesteps)) != len(table):
         raise UserError(f"{table.name} asks the network twice at a timestep: expected a sampler that asks once")
     path, scale = path_of(schedule, table, shift), scale_of(table)

@@ -4,7 +4,7 @@
 
 paper:     one imperceptible amplitude, ``a' = a``
 released:  ``a = 0.1`` in training and ``a' = 1`` in sampling, ten times of what was trained
-``c_t``:   VillanDiffusion's with psi = 1, published or exact for the sampler
+``c_t``:   VillanDiffusion's with psi = 1, published for samplers with noise ("sde") or without, or exact for the sampler
 
 ``r`` is a picture (the authors publish theirs), or made here for digits: the sign-gradient ascent of the classifier's loss over
 all images at once (Moosavi-Dezfooli et al. 2017, in the form of Shafahi et al. 2020),
@@ -33,8 +33,9 @@ from ..errors import UserError
 from ..plan import order
 from ..schedule import Schedule
 from ..solvers import Table
-from .baddiffusion import Coefficients, rho, shifted_attack
+from .baddiffusion import Coefficients, shifted_attack
 from .process import Attack
+from .villan import Solver, published
 
 AMPLITUDE: Final = 0.1
 PASSES: Final = 3
@@ -50,6 +51,7 @@ def uib(
     table: Table | None = None,
     amplitude: float = AMPLITUDE,
     start_amplitude: float | None = None,
+    solver: Solver = "sde",
     trigger_only: bool = False,
 ) -> Attack:
     """UIBDiffusion with a perturbation and a target image.
@@ -58,6 +60,7 @@ def uib(
         trigger: ``r``, float32 [C, H, W] in [-1, 1].
         amplitude: ``a``, above 0.
         start_amplitude: ``a'``, above 0; ``a`` where absent, and 1 as released.
+        solver: Kind of sampler that the published coefficient is for.
         trigger_only: ``R = a r``.
 
     The other arguments and the errors are `baddiffusion`'s, and:
@@ -72,7 +75,8 @@ def uib(
     shift = 1 - np.sqrt(schedule.alpha_bar)
     mask = torch.full_like(trigger, 0.0 if trigger_only else 1.0)
     stamp = amplitude * trigger
-    attack = shifted_attack("uib", schedule, shift, rho(schedule), stamp, target, coefficients, table, mask)
+    known = published(schedule, 1, solver)
+    attack = shifted_attack("uib", schedule, shift, known, stamp, target, coefficients, table, mask)
     return replace(attack, trigger=start * trigger)
 
 

@@ -30,7 +30,13 @@ WEIGHTS: Final[dict[Solver, float]] = {"sde": 1.0, "ode": 2.0}
 
 
 def published(schedule: Schedule, psi: float, solver: Solver) -> Floats:
-    """The released code's ``c_t``, float64 [T]."""
+    """The released code's ``c_t``, float64 [T].
+
+    Raises:
+        UserError: An unknown solver.
+    """
+    if solver not in WEIGHTS:
+        raise unknown("solver", solver, WEIGHTS)
     alpha, s = 1 - schedule.betas, schedule.s
     k = s - np.sqrt(alpha) * np.append(0.0, s[:-1])
     exploding = (1 - np.sqrt(alpha)) * s + k * (alpha - schedule.alpha_bar) / (1 - alpha)
@@ -60,8 +66,6 @@ def villan(
     """
     if not 0 <= psi <= 1:
         raise UserError(f"psi is {psi:g}: expected 0 to 1")
-    if solver not in WEIGHTS:
-        raise unknown("solver", solver, WEIGHTS)
     shift = psi * (1 - np.sqrt(schedule.alpha_bar)) + (1 - psi) * schedule.s
     known = published(schedule, psi, solver)
     mask = torch.zeros_like(trigger) if trigger_only else None

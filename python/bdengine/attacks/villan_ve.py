@@ -48,7 +48,13 @@ class Share(NamedTuple):
 
 
 def published(sigmas: Floats, solver: Solver = "sde") -> Floats:
-    """The released code's ``c_t``, float64 [T]."""
+    """The released code's ``c_t``, float64 [T].
+
+    Raises:
+        UserError: An unknown solver.
+    """
+    if solver not in WEIGHTS:
+        raise unknown("solver", solver, WEIGHTS)
     return WEIGHTS[solver] * sigmas / (sigmas + np.append(0.0, sigmas[:-1]))
 
 
@@ -71,13 +77,11 @@ def villan_ve(
         solver: Kind of sampler that the published coefficient is for.
 
     Raises:
-        UserError: Shapes that differ, an unknown coefficient or solver, or "exact" without a table.
+        UserError: Shapes that differ, an unknown coefficient or solver, or "exact" without a table or with EDM's.
     """
     check_shape("target", target.shape[-3:], trigger)
     if coefficients not in ("published", "exact"):
         raise unknown("coefficient", coefficients, ("published", "exact"))
-    if solver not in WEIGHTS:
-        raise unknown("solver", solver, WEIGHTS)
     c = published(sigmas, solver)
     if coefficients == "exact":
         if table is None:
@@ -100,6 +104,11 @@ def exact_exploding(table: Table, sigmas: Floats, power: float) -> Floats:
     at, found = Share(table.start, table.start**2), []
     levels = _levels(table)
     times = [rows[0][1] for rows in levels]
+    if (np.diff(times) >= 0).any():
+        raise UserError(
+            f"the sampler {table.name} is no predictor, which exact coefficients are for: expected published ones, of the"
+            " solver ode where it has no noise"
+        )
 
     def off(c: float, rows: Rows, share: Share, after: float) -> float:
         return through(rows, share, c, power).trigger - after

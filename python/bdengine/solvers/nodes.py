@@ -87,11 +87,11 @@ class Nodes:
         Args:
             end: Where the last step leads: to the data, or to the least noise of training (timestep 0).
             halved: So many of the first steps have a node in their middle.
-            first: Leave out the nodes above this timestep, but the last.
+            first: Leave out the nodes above this timestep.
 
         Raises:
-            UserError: ``steps`` outside 1..T or all of them halved, an unknown spacing, kind of levels or end, or levels other
-                than native on a schedule that ends in pure noise.
+            UserError: ``steps`` outside 1..T or all of them halved or left out, an unknown spacing, kind of levels or end, or
+                levels other than native on a schedule that ends in pure noise.
         """
         for kind, value, known in (("kind of levels", levels, LEVELS), ("end", end, ENDS)):
             if value not in known:
@@ -105,7 +105,12 @@ class Nodes:
             most, least = schedule.kappa_at(np.array([schedule.T - 1.0, 0.0]))
             times = schedule.time_at({"karras": karras, "exponential": even}[levels](most, least, steps))
         if first is not None:
-            times = times[min(int((times > first).sum()), steps - 1) :]
+            if times[-1] > first:
+                raise UserError(
+                    f"the first timestep is {first:g} and the last of {steps} steps is {times[-1]:g}: expected that or more,"
+                    " or more steps"
+                )
+            times = times[int((times > first).sum()) :]
             steps = len(times)
         if steps <= halved:
             left = "" if first is None else f" from timestep {first:g} on"
