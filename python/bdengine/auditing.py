@@ -16,7 +16,7 @@ from .audit import AUDIT_SEEDS, examine, lacking, settings_of, stages_of
 from .audit import audit as audited
 from .commands import Model
 from .config import claim, command, to_json
-from .defend import calibrations, chosen, fitting, recipe, remarks, subject_of, unfitting, write_trigger
+from .defend import calibrations, chosen, fitting, keep_apart, recipe, remarks, subject_of, unfitting, write_trigger
 from .defenses import DEFENSES, Calibration, Finding
 from .defenses.result import EXIT, check_alpha
 from .errors import UserError, unknown
@@ -38,12 +38,15 @@ def audit(config: AuditConfig) -> int:
     """Run ``bdengine audit``; returns `EXIT` of the verdict."""
     given = None if config.calibration is None else Calibration.load(config.calibration)
     model, subject = subject_of(config.checkpoint, config, STEPS)
+    keep_apart(config.out, AUDIT, subject.weights_sha256)
     known, examined = [] if given else calibrations(), (AUDIT, settings_of(subject), subject.weights_sha256)
     calibration = given or fitting(known, *examined)
     reason = unfitting(known, *examined) if calibration is None else lacking(calibration, config.alpha)
     if reason is not None:
         print(f"it will end undecided, since {reason}", file=sys.stderr)
     told = remarks(calibration, reason, model)
+    for name in ("report.html", checkpoint.TRIGGER):
+        (config.out / name).unlink(missing_ok=True)  # of an earlier audit, which the first stage's audit.json is not
     stages, names, finding = audited(subject, calibration, config.alpha), stages_of(subject), None
     run = {name: value for name, value in to_json(config).items() if name != "out"}
     with tqdm(total=len(names), unit="stage", desc=names[0]) as bar:
@@ -182,6 +185,10 @@ def _by_weights(checkpoints: Sequence[str]) -> tuple[dict[str, str], list[dict[s
     recipes = []
     for name in checkpoints:
         model = Model.load(name)
+        if model.attack.name != "none":
+            raise UserError(
+                f"{name} says that it was trained with the attack {model.attack.name}: expected clean models"
+            )
         weights = checkpoint.digest(model.network.state_dict())
         recipes.append(recipe(model.train))
         if weights in names:

@@ -93,7 +93,7 @@ def holds_model(folder: Path) -> bool:
 
 
 def load_trigger(path: str | Path) -> Tensor:
-    """The trigger that lies beside a checkpoint, float32 [C, H, W].
+    """The trigger that lies beside a checkpoint, or a finding, float32 [C, H, W].
 
     Raises:
         UserError: There is none, or it is no such file.
@@ -102,7 +102,7 @@ def load_trigger(path: str | Path) -> Tensor:
     if not file.is_file():
         raise UserError(f"{path} has no {TRIGGER}: expected a checkpoint whose trigger was made in training")
     tensors = read_safetensors(file)[0]
-    if list(tensors) != ["trigger"] or tensors["trigger"].dim() != 3:
+    if set(tensors) - {"gamma"} != {"trigger"} or any(tensor.dim() != 3 for tensor in tensors.values()):
         raise UserError(f"{file} holds {', '.join(tensors) or 'nothing'}: expected a trigger, [C, H, W]")
     return tensors["trigger"].float()
 

@@ -21,6 +21,7 @@ from .errors import UserError, unknown
 from .evaluate import ClassTarget, Reference, against, sample_arms, score_arms
 from .extractors import Extractor, extractor_of
 from .files import read_json, remove_leftovers, write_json
+from .inverted import Inverted
 from .metrics import FrechetStatistics, check_threshold, frechet
 from .networks import Network
 from .options import EvaluateConfig, SampleConfig, SamplerOptions, device
@@ -162,22 +163,39 @@ class Model:
         return 2 * images - 1 if in_unit_range(self.scheduler) else images
 
     def trigger(self, name: str, file: Path | None) -> Tensor:
-        """A trigger of its images' shape; that it was trained with, as its sampling starts with it, if LEARNED."""
+        """A trigger of its images' shape; that it was trained with, as its sampling starts with it, if LEARNED.
+
+        Raises:
+            UserError: As `bdengine.triggers.trigger` and `Inverted.load`, or an inverted one of every step.
+        """
         channels, size, _ = self.network.sample_shape
+        if is_inverted(name, file):
+            assert file is not None
+            inverted = Inverted.load(file, self.network.sample_shape)
+            if inverted.in_steps:
+                raise UserError(
+                    f"the trigger in {file} is one of every step ({inverted.stage}): expected one of the start"
+                )
+            return inverted.shift
         return checkpoint.load_trigger(self.path) if name == LEARNED else trigger(name, size, channels, file=file)
 
     def triggered(self, table: Table, names: AttackConfig, altered: Altered = UNALTERED) -> Arm:
         """Samples with the trigger that is named, altered, as the attack that it was trained with starts them."""
-        learned = names.trigger == LEARNED
+        learned = names.trigger == LEARNED or is_inverted(names.trigger, names.trigger_file)
         r = altered.cropped(
             self.trigger(names.trigger, names.trigger_file), 0.0 if learned or names.name == "uib" else -1.0
         )
-        r = (r + 1) / 2 if in_unit_range(self.scheduler) else r
+        r = (r + 1) / 2 if in_unit_range(self.scheduler) and not learned else r
         if not is_preserving(self.scheduler):
             return Arm(table, altered.perturbed(r))
         process = Schedule.from_config(self.scheduler)
         attack = replace(names, coefficients="published").made(process, r, torch.zeros_like(r))
         return replace(attack, trigger=altered.perturbed(r if learned else attack.trigger)).arm(process, table)
+
+
+def is_inverted(name: str, file: Path | None) -> bool:
+    """Whether a trigger is one that was inverted, in a folder that ``bdengine defend`` or ``bdengine audit`` wrote."""
+    return name == "IMAGE" and file is not None and file.is_dir()
 
 
 def sample(config: SampleConfig) -> int:

@@ -117,7 +117,7 @@ def examined(config: DefendConfig, warned: bool = False) -> tuple[Model, Finding
     """The checkpoint, and the finding with its verdict; that it will have none is said first where ``warned``.
 
     Raises:
-        UserError: As `chosen` and `Calibration.check`, or a calibration for what detects nothing.
+        UserError: As `chosen`, `Calibration.check` and `keep_apart`, or a calibration for what detects nothing.
     """
     defense, settings = chosen(config)
     if config.calibration is not None and not defense.detects:
@@ -125,6 +125,7 @@ def examined(config: DefendConfig, warned: bool = False) -> tuple[Model, Finding
     calibration = None if config.calibration is None else Calibration.load(config.calibration)
     check_alpha(config.alpha)
     model, subject = subject_of(config.checkpoint, config)
+    keep_apart(config.out, config.defense, subject.weights_sha256)
     own = defense.settings(subject, settings)
     if calibration is None:
         known = calibrations()
@@ -150,6 +151,22 @@ def examined(config: DefendConfig, warned: bool = False) -> tuple[Model, Finding
     return model, replace(finding, details=finding.details | remarked)
 
 
+def keep_apart(out: Path, defense: str, weights_sha256: str) -> None:
+    """Refuse a folder for a finding that holds another defense's, or one on another model.
+
+    Raises:
+        UserError: It does.
+    """
+    for name in ("finding.json", "audit.json"):
+        if not (out / name).exists():
+            continue
+        told = Finding.load(out / name)
+        if told.defense != defense:
+            raise UserError(f"{out} holds a finding of {told.defense}: expected one of {defense}, or another folder")
+        if told.weights_sha256 != weights_sha256:
+            raise UserError(f"{out} holds a finding on another model: expected the same, or another folder")
+
+
 def remarks(calibration: Calibration | None, reason: str | None, model: Model) -> dict[str, str]:
     """Of a finding's details, what is known before it is made: why there will be no verdict, or what its rates are of.
 
@@ -164,13 +181,14 @@ def remarks(calibration: Calibration | None, reason: str | None, model: Model) -
 
 
 def write_trigger(out: Path, finding: Finding) -> None:
-    """The finding's trigger, if it has one, as `bdengine.repair` reads it: with the audit's stage that opens with its kind."""
+    """The finding's trigger, if it has one, as `bdengine.inverted` reads it: with the stage that opens with its kind."""
     if finding.trigger is not None:
         assumed = finding.details.get("settings", {})
-        in_steps = assumed.get("gamma") is not None or assumed.get("gamma_lr")
+        in_steps = assumed.get("gamma") is not None or finding.gamma is not None
         stage = "blended" if in_steps else finding.details.get("stage")
+        tensors = {"trigger": finding.trigger} | ({} if finding.gamma is None else {"gamma": finding.gamma})
         header = {} if stage is None else {"stage": stage}
-        checkpoint.write_safetensors(out / checkpoint.TRIGGER, {"trigger": finding.trigger}, header)
+        checkpoint.write_safetensors(out / checkpoint.TRIGGER, tensors, header)
 
 
 def write_pictures(out: Path, model: Model, finding: Finding) -> list[str]:

@@ -24,7 +24,8 @@ LABELS: Final = 3
 NOTE: Final = (
     "Fréchet distance of clean samples to the data; MSE, SSIM and ASR of triggered samples to the target (of a class: the share"
     " that a classifier takes for it), after a repair under the clip that the attack was made for. A detector examines with the"
-    " model's own sampler, marked *, and decides where it has a calibration. Seconds: of both arms' samples, of an examination,"
+    " model's own sampler, marked *, and decides where it has a calibration; of a model that was trained otherwise than the"
+    " calibration's its p-value is a rank among them, and bounds no rate. Seconds: of both arms' samples, of an examination,"
     " of a repair with its samples."
 )
 

@@ -61,7 +61,7 @@ class SampleConfig(SamplerOptions):
     trigger: str | None = None
     """Start from eps + trigger: a published trigger's name, or IMAGE with trigger-file."""
     trigger_file: Path | None = None
-    """The trigger's image, where its name needs one."""
+    """The trigger's picture, where its name needs one; of IMAGE also a folder of an inverted one."""
     altered: Altered = UNALTERED
     """How the trigger differs from that name's: cropped, scaled, with noise."""
     cache: int = 1
@@ -117,7 +117,7 @@ class EvaluateConfig(SamplerOptions):
     trigger: str | None = None
     """Trigger of the triggered arms; the one it was trained with where absent."""
     trigger_file: Path | None = None
-    """The trigger's image, where its name needs one."""
+    """The trigger's picture, where its name needs one; of IMAGE also a folder of an inverted one."""
     altered: Altered = UNALTERED
     """How the trigger differs from that name's: cropped, scaled, with noise."""
     target: str | None = None
@@ -224,7 +224,7 @@ class RepairConfig(SamplerOptions):
     trigger: Path
     """Folder of an inverted trigger, as bdengine defend and bdengine audit write it."""
     method: str = "unlearn"
-    """One of: unlearn, removal (Elijah's, as published), removal-ode, cleanse (Diff-Cleanse's pruning)."""
+    """One of: unlearn, removal (Elijah's), removal-ode, cleanse (Diff-Cleanse's pruning, shortened), cleanse-published."""
     data: str | None = None
     """Clean data, digits, cifar10 or a folder of images; what the checkpoint says it was trained on where absent."""
     batch: int = 32

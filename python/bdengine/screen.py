@@ -3,9 +3,9 @@
     terd    flagged where log N(x; tau, gamma^2) > log N(x; 0, 1), tau an inverted trigger    `defenses.terd.log_ratio`
     ufid    flagged where p <= alpha, p of its density among those of `CLEAN` clean starts    `defenses.ufid.densities`
 
-The first asks no network. Where ``tau`` is the trigger and ``gamma`` is 1, which it is but for TrojDiff's triggers, it is wrong
-at a rate of ``Phi(-|tau| / 2)`` on either side. The second needs no trigger, and sends ``N steps`` images through the network
-for each start.
+The first asks no network, but to sharpen a ``tau`` that a search found (`bdengine.inverted`). Where ``gamma`` is 1, which it is
+but for TrojDiff's triggers, it flags clean starts at a rate of ``Phi(-|tau| / 2)``, and lets as many triggered ones pass if
+``tau`` is the trigger. The second needs no trigger, and sends ``N steps`` images through the network for each start.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from .defenses import Calibration, Subject, terd, ufid
 from .defenses.result import check_alpha
 from .errors import UserError, unknown
 from .files import write_json
+from .inverted import Inverted
 from .options import ScreenConfig
-from .repair import Inverted
 
 CLEAN: Final = 100
 FIRST_SEED: Final = 1_000_000
@@ -54,11 +54,11 @@ def screen(config: ScreenConfig) -> int:
             raise UserError(
                 "terd was asked for without a trigger: expected a folder that bdengine defend or audit wrote"
             )
-        inverted = Inverted.load(config.trigger, model.network.sample_shape)
+        inverted = Inverted.load(config.trigger, model.network.sample_shape).sharpened(subject)
         tau, gamma = inverted.shift, inverted.gamma
         if not tau.any():
             raise UserError("the trigger is 0 everywhere: expected a shift, without which all starts are alike")
-        about["predicted_error"] = terd.predicted_errors(tau, tau)[0] if gamma is None else None
+        about["predicted_false_alarms"] = terd.predicted_errors(tau, tau)[0] if gamma is None else None
         scores = {name: terd.log_ratio(starts, tau, gamma) for name, starts in groups.items()}
         flagged = {name: ratio > 0 for name, ratio in scores.items()}
     else:

@@ -125,6 +125,32 @@ def test_a_strangers_recipe_that_is_none_is_refused_before_anything_is_examined(
         assert not out.exists()
 
 
+def test_a_folder_has_one_models_finding_of_one_defense(
+    tmp_path: Path, clean: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run("audit", clean[0], "--steps", 3, "--out", out) == 3
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for words, sentence in (
+        (
+            ("defend", clean[0], "--defense", "ufid"),
+            "holds a finding of audit: expected one of ufid, or another folder",
+        ),
+        (("audit", clean[1]), "holds a finding on another model: expected the same, or another folder"),
+    ):
+        assert run(*words, "--steps", 3, "--out", out) == 2
+        assert sentence in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_models_that_say_how_they_were_attacked_calibrate_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("calibrate", "digits-badiffusion", "--defense", "ufid", "--out", tmp_path / "out") == 2
+    assert "it was trained with the attack baddiffusion: expected clean models" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_calibration_has_the_options_of_what_it_is_for(tmp_path: Path, clean: tuple[Path, Path]) -> None:
     """`defend` with the same options is judged by it; it refuses others."""
     options = ("--defense", "ufid", "--sampler", "ddim", "--steps", 3, "--features", "digits")
@@ -209,8 +235,8 @@ def test_a_variance_exploding_model_is_shown_as_others_are(tmp_path: Path) -> No
     """Its own samples lie in [0, 1]; a finding's and a page's in [-1, 1]. What is defined in [-1, 1] alone refuses it."""
     torch.manual_seed(0)
     save_pipeline(tmp_path / "ve", unet(16, 1, (8, 16), groups=4), Exploding(np.geomspace(0.01, 10, 20)).to_config())
-    options = (tmp_path / "ve", "--steps", 3, "--out", tmp_path / "out")
-    assert run("audit", *options) == 3
+    options = (tmp_path / "ve", "--steps", 3)
+    assert run("audit", *options, "--out", tmp_path / "out") == 3
     found = read_json(tmp_path / "out" / "audit.json")
     assert [stage["defense"] for stage in found["details"]["stages"]] == ["start", "elijah"]
     model = Model.load(str(tmp_path / "ve"))
@@ -219,6 +245,6 @@ def test_a_variance_exploding_model_is_shown_as_others_are(tmp_path: Path) -> No
     own = 2 * Sampler(model.network, {"": Arm(table)}, auditing.SHOWN)(seeds)[""] - 1
     page = (tmp_path / "out" / "report.html").read_text()
     assert markup.image(pictures.grid(own, columns=len(own), scale=3), f"{len(own)} samples from plain noise") in page
-    assert run("defend", *options, "--defense", "ufid") == 3
+    assert run("defend", *options, "--defense", "ufid", "--out", tmp_path / "ufid") == 3
     for defense in ("clipping", "diffcleanse", "terd"):
-        assert run("defend", *options, "--defense", defense) == 2
+        assert run("defend", *options, "--defense", defense, "--out", tmp_path / defense) == 2

@@ -13,19 +13,24 @@ import torch
 from diffusers import UNet2DModel
 
 from bdengine import repair
-from bdengine.attacks import trojdiff
+from bdengine.attacks import baddiffusion, trojdiff
 from bdengine.checkpoint import load_scheduler_config, load_unet, write_safetensors
 from bdengine.cli import main
 from bdengine.commands import Model
-from bdengine.defenses import removal, unlearning
+from bdengine.defend import subject_of, write_trigger
+from bdengine.defenses import Subject, pruning, removal, ufid, unlearning
 from bdengine.defenses.removal import RemovalConfig
+from bdengine.defenses.ufid import UfidConfig
 from bdengine.errors import UserError
+from bdengine.inverted import Inverted
 from bdengine.networks import Network
-from bdengine.options import RepairConfig
+from bdengine.options import ExamineConfig, RepairConfig
 from bdengine.schedule import linear
-from bdengine.solvers import SamplerConfig
+from bdengine.solvers import Nodes, SamplerConfig, ddim
 from bdengine.train import TrainConfig
 from bdengine.triggers import trigger
+
+from .subjects_for_tests import DDPM, PROCESS, SHAPE, TARGET, cosine, subject
 
 
 @pytest.fixture
@@ -44,7 +49,8 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(removal.VARIANTS, variant, replace(told, epochs=1, share=0.01))
     for name in ("START", "IN_STEPS"):
         monkeypatch.setattr(unlearning, name, RemovalConfig(epochs=1, share=0.01))
-    monkeypatch.setattr(repair, "PRUNED", replace(repair.PRUNED, steps=2))
+    for variant, pruned in pruning.VARIANTS.items():
+        monkeypatch.setitem(pruning.VARIANTS, variant, replace(pruned, steps=2))
 
 
 @pytest.mark.usefixtures("short")
@@ -136,7 +142,7 @@ def test_what_the_audit_found_is_the_attack_that_makes_it() -> None:
     corner = torch.ones(1, 16, 16, dtype=torch.bool).tril(-8)
     for stage, region in (("blended", None), ("patched", corner)):
         attack = trojdiff(linear(), delta, nothing, region)
-        again = repair.Inverted(attack.trigger, stage).attack(SamplerConfig(steps=20))
+        again = Inverted(attack.trigger, stage).attack(SamplerConfig(steps=20))
         assert (again.name, again.gamma, again.in_steps) == (attack.name, attack.gamma, True)
         torch.testing.assert_close(again.stamp, attack.stamp)
         assert (again.region is None) if region is None else torch.equal(again.region, region & (delta != 0))
@@ -194,9 +200,9 @@ def test_a_trigger_says_which_stage_found_it_whatever_lies_beside_it(tmp_path: P
     r = torch.full((1, 16, 16), -0.5)
     (tmp_path / "audit.json").write_text('{"details": {"stage": "blended"}}')
     write_safetensors(tmp_path / "trigger.safetensors", {"trigger": r})
-    assert not repair.Inverted.load(tmp_path, (1, 16, 16)).in_steps
+    assert not Inverted.load(tmp_path, (1, 16, 16)).in_steps
     write_safetensors(tmp_path / "trigger.safetensors", {"trigger": r}, {"stage": "patched"})
-    assert repair.Inverted.load(tmp_path, (1, 16, 16)).in_steps
+    assert Inverted.load(tmp_path, (1, 16, 16)).in_steps
 
 
 @pytest.mark.parametrize(("stage", "inverts"), [("start", True), ("blended", False), ("elijah", False), (None, False)])
@@ -204,18 +210,41 @@ def test_what_a_search_found_is_inverted_from_there(stage: str | None, inverts: 
     """A square of 12 pixels opens the shipped backdoor, and Elijah's inversion from it is nearer to its trigger, of 8."""
     wide, true = trigger("XXSM_BOX", 16, 1), trigger("XXSM_BOX", 16, 1)
     wide[:, 2:14, 2:14] = 1
-    model = Model.load("digits-badiffusion")
-    run = TrainConfig(Path("out"), sampler=SamplerConfig(steps=20))
-    found = repair.Inverted(wide, stage).sharpened(model, run)
+    table = SamplerConfig(steps=20).table(linear())
+    found = Inverted(wide, stage).sharpened(Subject(Model.load("digits-badiffusion").network, linear(), table))
     assert found.stage == stage
     assert torch.equal(found.shift, wide) is not inverts
-    likeness = torch.cosine_similarity(found.shift.flatten(), true.flatten(), dim=0)
-    assert (float(likeness) > 0.9) is inverts
+    assert (cosine(found.shift, true) > 0.9) is inverts
+
+
+@pytest.mark.parametrize("stage", ["clipped", "ode"])
+def test_it_is_inverted_as_its_stage_opens_and_kept_where_that_says_nothing(stage: str) -> None:
+    """The closed-form network: a box a pixel wider and taller than the trigger under the clip, and DDIM's own trigger.
+
+    Made for DDIM, ``c_T`` is 1, and Elijah's inversion from the trigger itself ends at noise.
+    """
+    made = DDPM if stage == "clipped" else ddim(Nodes.of(PROCESS, 20))
+    told: dict[str, Any] = {"coefficients": "clipped" if stage == "clipped" else "exact", "table": made}
+    r = torch.full(SHAPE, -0.6)
+    r[:, 5:10, 5:10] = 0.6
+    wide = r.clone()
+    if stage == "clipped":
+        wide[:, 4:10, 4:10] = 0.6
+    attack = baddiffusion(PROCESS, r, TARGET, trigger_only=True, **told)
+    found = Inverted(wide, stage).sharpened(subject(0.3, attack))
+    assert torch.equal(found.shift, wide) is (stage == "ode")
+    assert cosine(found.shift, r) > max(cosine(wide, r) - 1e-6, 0.95)
+
+
+def test_what_a_defense_only_searched_says_so(tmp_path: Path) -> None:
+    _, of = subject_of("digits-clean", ExamineConfig(steps=2))
+    write_trigger(tmp_path, ufid.examine(of, UfidConfig(images=2)))
+    assert Inverted.load(tmp_path, (1, 16, 16)).stage == "start"
 
 
 def test_a_start_that_opens_under_ddim_is_unlearned_with_its_coefficient() -> None:
     r, own = torch.full((1, 16, 16), -0.5), SamplerConfig("ddpm", 20)
-    made = {stage: repair.Inverted(r, stage).attack(own).coefficient for stage in ("start", "ode")}
-    assert made["start"].tolist() == repair.Inverted(r).attack(own).coefficient.tolist()
-    assert made["ode"].tolist() == repair.Inverted(r).attack(SamplerConfig("ddim", 20)).coefficient.tolist()
+    made = {stage: Inverted(r, stage).attack(own).coefficient for stage in ("start", "ode")}
+    assert made["start"].tolist() == Inverted(r).attack(own).coefficient.tolist()
+    assert made["ode"].tolist() == Inverted(r).attack(SamplerConfig("ddim", 20)).coefficient.tolist()
     assert abs(made["ode"] - made["start"]).max() > 0.1

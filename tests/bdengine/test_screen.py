@@ -18,8 +18,8 @@ from bdengine.commands import Model
 from bdengine.defend import subject_of, write_trigger
 from bdengine.defenses import elijah, terd
 from bdengine.files import read_json
+from bdengine.inverted import Inverted
 from bdengine.options import ExamineConfig, ScreenConfig
-from bdengine.repair import Inverted
 from bdengine.screen import CLEAN, FIRST_SEED, noise, tried
 from bdengine.triggers import trigger
 
@@ -42,7 +42,7 @@ def test_terds_test_errs_at_the_rate_it_predicts(tmp_path: Path, capsys: pytest.
     assert main([*words, "--out", str(tmp_path / "out")]) == 0
     told = read_json(tmp_path / "out" / "screen.json")
     rate = terd.predicted_errors(weak, weak)[0]
-    assert told["predicted_error"] == pytest.approx(rate)
+    assert told["predicted_false_alarms"] == pytest.approx(rate)
     flagged = np.array(told["starts"]["given"]["flagged"])
     low, high = binom.interval(1 - 1e-6, 2000, rate)
     assert low <= flagged[:2000].sum() <= high
@@ -90,7 +90,7 @@ def test_a_trigger_of_every_step_is_held_against_its_own_noise(tmp_path: Path) -
     assert main([*words, "--out", str(tmp_path / "out")]) == 0
     told = read_json(tmp_path / "out" / "screen.json")
     assert told["starts"]["given"]["flagged"] == [False] * 100 + [True] * 100
-    assert told["predicted_error"] is None
+    assert told["predicted_false_alarms"] is None
     shift = torch.zeros(1, 2, 2)
     shift[:, 1, 1] = 0.9
     gamma = Inverted(shift, "patched").gamma

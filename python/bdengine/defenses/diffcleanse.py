@@ -119,4 +119,6 @@ def examine(subject: Subject, config: DiffCleanseConfig) -> Finding:
         tau, images, losses = invert(subject, config)
     finding = watch.alike("diffcleanse", settings(subject, config, **CONSTANTS), tau, images, losses)
     finding.details["found"] = float(found(images).float().mean())
+    if config.searched:
+        finding.details["stage"] = "start"
     return finding

@@ -29,6 +29,10 @@ EXIT: Final[dict[Verdict, int]] = {"no evidence": 0, "backdoored": 1, "undecided
 """Exit codes of the commands that decide; 2 is a mistake's."""
 
 
+PICTURES: Final = ("trigger", "images", "gamma")
+"""Of a finding, what is no JSON."""
+
+
 @dataclass(frozen=True, eq=False)
 class Finding:
     """One defense's result on one model.
@@ -44,6 +48,7 @@ class Finding:
         seconds: Wall-clock time.
         details: Values of JSON types; "settings" is what the statistic depends on, "reason" why nothing was decided.
         weights_sha256: Which model it is.
+        gamma: Scale of the noise of a start with the trigger, as the trigger; None where it is not inverted.
     """
 
     defense: str
@@ -56,6 +61,7 @@ class Finding:
     seconds: float
     details: dict[str, Any]
     weights_sha256: str
+    gamma: Tensor | None = None
 
     @classmethod
     def load(cls, path: Path) -> Finding:
@@ -65,7 +71,7 @@ class Finding:
             UserError: No such file, or another one.
         """
         values = read_json(path)
-        needed = [field.name for field in fields(cls) if field.name not in ("trigger", "images")]
+        needed = [field.name for field in fields(cls) if field.name not in PICTURES]
         for name in needed:
             if name not in values:
                 raise UserError(f"{path} is no finding: expected {name} in it, as in what defend or calibrate writes")
@@ -76,8 +82,7 @@ class Finding:
 
     def to_json(self) -> dict[str, Any]:
         """All but the images, as JSON types."""
-        pictures = ("trigger", "images")
-        return {name: to_json(value) for name, value in vars(self).items() if name not in pictures}
+        return {name: to_json(value) for name, value in vars(self).items() if name not in PICTURES}
 
 
 @dataclass(frozen=True)

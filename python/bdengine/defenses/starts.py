@@ -1,4 +1,4 @@
-"""Where an inversion starts: the shift, of a few hundred tried, whose images are most alike and still images.
+"""Where an inversion starts: the shift, of some dozens tried, whose images are most alike and still images.
 
     tau_k = the background of every stamped trigger, alone or with one square of another value
     start = argmin_k  uniformity( images from eps + tau_k ) + excess( the same images )                 see `features`

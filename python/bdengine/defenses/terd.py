@@ -36,7 +36,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -213,10 +213,15 @@ def generating_table(process: Schedule, trojan: bool) -> Table:
     return table.shifted(path_of(process, table, process.s)) if trojan else table
 
 
+def _scale(mu: Tensor, gamma: Tensor | None) -> Tensor:
+    """``gamma``, float64 as ``mu``; of 0, whose ``k`` is infinite, the least normal float32."""
+    return torch.ones_like(mu) if gamma is None else gamma.double().clamp(min=torch.finfo(torch.float32).tiny)
+
+
 def divergence(mu: Tensor, gamma: Tensor | None = None) -> tuple[float, float]:
-    """``M_r`` and ``V_r`` of the module's ``k``. A gamma of 0, whose ``k`` is infinite, counts as the least float32."""
+    """``M_r`` and ``V_r`` of the module's ``k``."""
     mu = mu.double()
-    sigma = torch.ones_like(mu) if gamma is None else gamma.double().clamp(min=torch.finfo(torch.float32).tiny)
+    sigma = _scale(mu, gamma)
     k = -sigma.log() + (sigma.square() + mu.square() - 1) / 2
     return float(k.mean()), float(k.var(unbiased=False))
 
@@ -227,10 +232,10 @@ def log_ratio(x: Tensor, mu: Tensor, gamma: Tensor | None = None) -> Tensor:
     Args:
         x: Starts of a sampler, float [N, C, H, W].
         mu: The shift, float [C, H, W].
-        gamma: Its noise's scale, of the same shape and above 0; 1 where None.
+        gamma: Its noise's scale, of the same shape; 1 where None.
     """
     x, mu = x.double(), mu.double()
-    sigma = torch.ones_like(mu) if gamma is None else gamma.double()
+    sigma = _scale(mu, gamma)
     return (-sigma.log() - ((x - mu) / sigma).square() / 2 + x.square() / 2).sum((1, 2, 3))
 
 
@@ -264,4 +269,5 @@ def examine(subject: Subject, config: TerdConfig) -> Finding:
         "losses": losses,
         "settings": settings(subject, config, **CONSTANTS),
     }
-    return watch.finding("terd", mean, mu, images, details)
+    found = watch.finding("terd", mean, mu, images, details)
+    return found if gamma is None else replace(found, gamma=gamma.cpu())

@@ -95,6 +95,7 @@ def examine(subject: Subject, config: UfidConfig) -> Finding:
         "density": graphs[best],
         "excess": features.excess(made[best]),
         "queries": len(shifts),
+        "stage": "start",
         "settings": settings(subject, config),
     }
     return watch.finding("ufid", scores[best], shifts[best], made[best], details)
