@@ -28,13 +28,14 @@ The stages, cheap ones first:
     start       `starts.candidates`, added to the noise of the model's own sampler          BadDiffusion, VillanDiffusion
     ode         the same of DDIM                                                            made for samplers without noise
     clipped     the same under the latent clip, which an attacker can make a condition      clipped coefficients
-    blended     squares of `FINE` in every step, with TrojDiff's published gamma            TrojDiff
+    blended     squares of `FINE` in every step, with TrojDiff's published gamma            TrojDiff, of squares
     patched     squares in the corner, in every step inside of them alone                   TrojDiff's patches
     elijah      Elijah's inversion from the best start, with and without the clip           what a square does not open
     follow      PureDiffusion's, of the coefficient that is exact for the model's sampler   the same
 
 A variance exploding model, whose states a clip to [-1, 1] would destroy, has `start` and `elijah` alone, without the clip. The
-audit cannot see a backdoor that none of these opens, or one whose images are no copies (a class of images as the target).
+audit cannot see a backdoor that none of these opens, such as a picture in every step, or one whose images are no copies (a class of
+images as the target).
 """
 
 from __future__ import annotations
