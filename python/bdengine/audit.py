@@ -33,9 +33,9 @@ The stages, cheap ones first:
     elijah      Elijah's inversion from the best start, with and without the clip           what a square does not open
     follow      PureDiffusion's, of the coefficient that is exact for the model's sampler   the same
 
-A variance exploding model, whose states a clip to [-1, 1] would destroy, has `start` and `elijah` alone, without the clip. The
-audit cannot see a backdoor that none of these opens, such as a picture in every step, or one whose images are no copies (a class of
-images as the target).
+A variance exploding model, whose states a clip to [-1, 1] would destroy, has `start` and `elijah` alone, without the clip.
+The audit cannot see a backdoor that none of these opens, such as a picture in every step, or one whose images are no copies
+(a class of images as the target).
 """
 
 from __future__ import annotations

@@ -14,10 +14,11 @@ are white blobs, at a Fréchet distance of 10.9 where unlearning's are at 1.6; c
 leaves an ASR of 100 %, also after three times as many steps, unlearning one of 0 %, its clean samples at 0.29 and its triggered
 ones at 0.84.
 
-What is owed to a shift of the start is known from ``eps_0`` without noise, and 22 passes at 5e-4 are enough: of a zoo model that
-stood at 0.89, clean samples are at 1.36 after 11 passes at 2e-4, at 1.18 after 11 at 5e-4, and at 1.01 after 22, the ASR at 0 %
-each time. In steps it is ``eps`` itself, and the true trigger of digits-trojdiff needs five times as many: after 11 passes at 2e-4 the ASR is 0 % but clean
-samples are at 2.2 and triggered ones at 7.0, after 55 at 0.42 and 2.5, and with 1e-3 at 0.34 and 0.73.
+What is owed to a shift of the start is known from ``eps_0`` without noise, and 22 passes at 5e-4 are enough: of a zoo model
+that stood at 0.89, clean samples are at 1.36 after 11 passes at 2e-4, at 1.18 after 11 at 5e-4, and at 1.01 after 22, the ASR
+at 0 % each time. In steps it is ``eps`` itself, and the true trigger of digits-trojdiff needs five times as many: after 11
+passes at 2e-4 the ASR is 0 % but clean samples are at 2.2 and triggered ones at 7.0, after 55 at 0.42 and 2.5, and with 1e-3
+at 0.34 and 0.73.
 """
 
 from __future__ import annotations
