@@ -13,10 +13,11 @@ import bdkernels
 from bdengine import cli
 from bdengine.altered import UNALTERED, Altered, Crop
 from bdengine.attacks import AttackConfig
-from bdengine.checkpoint import save_pipeline
+from bdengine.checkpoint import save_pipeline, write_safetensors
 from bdengine.commands import Model
 from bdengine.config import to_json
 from bdengine.data import stand_in, to_float
+from bdengine.errors import UserError
 from bdengine.metrics import attack_success
 from bdengine.networks import unet
 from bdengine.options import SampleConfig
@@ -98,6 +99,19 @@ def test_uniform_noise_is_the_same_for_all_and_from_0_to_1() -> None:
     assert u.mean() == pytest.approx(0.5, abs=5 * (1 / 12 / u.numel()) ** 0.5)
     assert u.var() == pytest.approx(1 / 12, rel=0.05)
     assert torch.equal(Altered(uniform=0.5).perturbed(torch.ones(3, 64, 64)), 1 + 0.5 * u)
+
+
+def test_an_inverted_trigger_is_a_start_as_it_was_found(tmp_path: Path) -> None:
+    """Whatever the attack would make of a picture: here a perturbation, which it would scale by its amplitude."""
+    model = attacked(tmp_path / "model", AttackConfig("uib", "BOX_4", amplitude=0.5))
+    shift = torch.linspace(-1.5, 1.5, 256).reshape(1, 16, 16)
+    write_safetensors(tmp_path / "trigger.safetensors", {"trigger": shift})
+    names = replace(model.attack, trigger="IMAGE", trigger_file=tmp_path)
+    for altered in (UNALTERED, Altered(scale=0.5)):
+        assert torch.equal(model.triggered(TABLE, names, altered).trigger, altered.scale * shift)
+    write_safetensors(tmp_path / "trigger.safetensors", {"trigger": shift}, {"stage": "blended"})
+    with pytest.raises(UserError, match=r"is one of every step \(blended\): expected one of the start"):
+        model.triggered(TABLE, names)
 
 
 def test_a_noisy_patch_stays_one(tmp_path: Path) -> None:
