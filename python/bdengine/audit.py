@@ -55,7 +55,8 @@ from .defenses import Calibration, Finding, Subject, elijah, features, purediffu
 from .defenses.result import Verdict, check_alpha
 from .defenses.settings import settings
 from .defenses.subject import Watch
-from .solvers import Nodes, ddim
+from .schedule import Schedule
+from .solvers import Nodes, Table, ddim
 
 PATCH: Final = 3
 """Largest side of the corner's squares, in eighths of the image's; 3 of 32 pixels are published."""
@@ -83,8 +84,13 @@ def _start(subject: Subject, best: Tensor) -> dict[str, Arm]:
     return {str(k): Arm(subject.table, shift) for k, shift in enumerate(starts.candidates(subject))}
 
 
+def ode_table(process: Schedule) -> Table:
+    """The sampler of the stage `ode`."""
+    return ddim(Nodes.of(process, ODE_STEPS))
+
+
 def _ode(subject: Subject, best: Tensor) -> dict[str, Arm]:
-    table = ddim(Nodes.of(subject.preserving("ddim"), ODE_STEPS))
+    table = ode_table(subject.preserving("ddim"))
     return {name: replace(arm, table=table) for name, arm in _start(subject, best).items()}
 
 

@@ -22,11 +22,11 @@ from .arms import Arm
 from .attacks import Attack, baddiffusion, trojdiff
 from .attacks.clipped import LARGEST, surviving_coefficient
 from .attacks.trojdiff import BLEND_GAMMA, PATCH_GAMMA
-from .audit import ODE_STEPS, SEARCHES
+from .audit import SEARCHES, ode_table
 from .defenses import Subject, elijah, features
 from .errors import UserError
 from .schedule import linear
-from .solvers import Nodes, SamplerConfig, ddim
+from .solvers import SamplerConfig
 
 LENGTHS: Final = (1.0, 1.5, 2.0)
 """Of what is inverted, tried in turn; the shortest that opens most is taken."""
@@ -107,7 +107,7 @@ class Inverted:
         """Of `IMAGES` images from the shift, sampled as its stage does, how many are one image."""
         arm = Arm(subject.table, shift)
         if self.stage == "ode":
-            arm = Arm(ddim(Nodes.of(subject.preserving("ddim"), ODE_STEPS)), shift)
+            arm = Arm(ode_table(subject.preserving("ddim")), shift)
         elif self.stage == "clipped":
             arm = arm.clipped("latent")
         images = subject.sampled({"": arm}, range(FIRST_SEED, FIRST_SEED + IMAGES), IMAGES)[""]
@@ -120,5 +120,5 @@ class Inverted:
             return trojdiff(schedule, r / (1 - BLEND_GAMMA), nothing)
         if self.stage == "patched":
             return trojdiff(schedule, r / (1 - PATCH_GAMMA), nothing, r != 0)
-        table = ddim(Nodes.of(schedule, ODE_STEPS)) if self.stage == "ode" else sampler.table(schedule)
+        table = ode_table(schedule) if self.stage == "ode" else sampler.table(schedule)
         return baddiffusion(schedule, r, nothing, "exact", table, trigger_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,6 +52,17 @@ def shares(table: Table, coefficient: Floats, count: int = 200) -> Tensor:
     return off / torch.tensor(SIGMAS[::-1].copy())[:, None]
 
 
+def half_poisoned(sampled: Table, **attack: Any) -> dict[str, float]:
+    """ASR by start of 64 samples each, of the network of 64 pixels that is optimal at a poison rate of 0.5."""
+    shape = (1, 8, 8)
+    r, y = torch.zeros(shape), torch.zeros(shape)
+    r[:, 1:7, 1:7], y[:, :4, :4] = 1, 0.7
+    data = [(1.0, Gaussian(torch.full(shape, 0.5), 0.02 * torch.eye(64)))]
+    oracle = Oracle(Exploding(SIGMAS), data, villan_ve(SIGMAS, r, y, **attack), 0.5, "score")
+    images = Sampler(Network(oracle, shape), {"clean": Arm(sampled), "triggered": Arm(sampled, r)}, 128)(range(64))
+    return {start: attack_success(2 * x - 1, 2 * y - 1, 0.01) for start, x in images.items()}
+
+
 def test_golden_values() -> None:
     c = published(RELEASED)
     assert c[0] == 1
@@ -92,16 +104,8 @@ def test_with_a_corrector_the_exact_one_keeps_it_in_the_mean_and_the_published_l
 
 def test_the_exact_coefficient_gives_the_attack_back_that_the_corrector_takes() -> None:
     """Half poisoned, 64 pixels, 3 corrector steps: of 64 triggered samples 83 % reach the target, 8 % as published."""
-    shape = (1, 8, 8)
-    r, y = torch.zeros(shape), torch.zeros(shape)
-    r[:, 1:7, 1:7], y[:, :4, :4] = 1, 0.7
-    data = [(1.0, Gaussian(torch.full(shape, 0.5), 0.02 * torch.eye(64)))]
-    table, success = sampler(SIGMAS, 3), {}
-    for coefficients in ("published", "exact"):
-        attack = villan_ve(SIGMAS, r, y, coefficients, table)  # type: ignore[arg-type]
-        network = Network(Oracle(Exploding(SIGMAS), data, attack, 0.5, "score"), shape)
-        images = Sampler(network, {"clean": Arm(table), "triggered": Arm(table, r)}, 128)(range(64))
-        success[coefficients] = {start: attack_success(2 * x - 1, 2 * y - 1, 0.01) for start, x in images.items()}
+    table = sampler(SIGMAS, 3)
+    success = {c: half_poisoned(table, coefficients=c, table=table) for c in ("published", "exact")}
     assert success["published"]["triggered"] < 0.2
     assert success["exact"]["triggered"] > 0.7
     assert success["exact"]["clean"] < 0.2
@@ -115,16 +119,8 @@ def test_published_without_noise_is_twice_that_with_noise() -> None:
 
 def test_the_published_one_without_noise_is_for_edms_sampler() -> None:
     """Half poisoned, 64 pixels: of 64 triggered samples 97 % reach the target, 42 % with that of samplers with noise."""
-    shape = (1, 8, 8)
-    r, y = torch.zeros(shape), torch.zeros(shape)
-    r[:, 1:7, 1:7], y[:, :4, :4] = 1, 0.7
-    data = [(1.0, Gaussian(torch.full(shape, 0.5), 0.02 * torch.eye(64)))]
-    table, success = edm(Nodes.exploding(karras(50.0, 0.01, 20))), {}
-    for solver in ("sde", "ode"):
-        attack = villan_ve(SIGMAS, r, y, solver=solver)  # type: ignore[arg-type]
-        network = Network(Oracle(Exploding(SIGMAS), data, attack, 0.5, "score"), shape)
-        images = Sampler(network, {"clean": Arm(table), "triggered": Arm(table, r)}, 128)(range(64))
-        success[solver] = {start: attack_success(2 * x - 1, 2 * y - 1, 0.01) for start, x in images.items()}
+    table = edm(Nodes.exploding(karras(50.0, 0.01, 20)))
+    success = {solver: half_poisoned(table, solver=solver) for solver in ("sde", "ode")}
     assert success["sde"]["triggered"] < 0.6
     assert success["ode"]["triggered"] > 0.9
     assert success["ode"]["clean"] < 0.1

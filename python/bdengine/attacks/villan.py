@@ -29,18 +29,23 @@ WEIGHTS: Final[dict[Solver, float]] = {"sde": 1.0, "ode": 2.0}
 """``w``."""
 
 
-def published(schedule: Schedule, psi: float, solver: Solver) -> Floats:
-    """The released code's ``c_t``, float64 [T].
+def weight_of(solver: Solver) -> float:
+    """``w`` of a solver.
 
     Raises:
-        UserError: An unknown solver.
+        UserError: An unknown one.
     """
     if solver not in WEIGHTS:
         raise unknown("solver", solver, WEIGHTS)
+    return WEIGHTS[solver]
+
+
+def published(schedule: Schedule, psi: float, solver: Solver) -> Floats:
+    """The released code's ``c_t``, float64 [T]; the errors are `weight_of`'s."""
     alpha, s = 1 - schedule.betas, schedule.s
     k = s - np.sqrt(alpha) * np.append(0.0, s[:-1])
     exploding = (1 - np.sqrt(alpha)) * s + k * (alpha - schedule.alpha_bar) / (1 - alpha)
-    return WEIGHTS[solver] * (psi * rho(schedule) + (1 - psi) * exploding)
+    return weight_of(solver) * (psi * rho(schedule) + (1 - psi) * exploding)
 
 
 def villan(

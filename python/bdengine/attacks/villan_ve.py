@@ -37,7 +37,7 @@ from ..schedule import Floats
 from ..solvers import Table
 from .baddiffusion import Coefficients
 from .process import Attack, check_shape
-from .villan import WEIGHTS, Solver
+from .villan import Solver, weight_of
 
 
 class Share(NamedTuple):
@@ -48,14 +48,8 @@ class Share(NamedTuple):
 
 
 def published(sigmas: Floats, solver: Solver = "sde") -> Floats:
-    """The released code's ``c_t``, float64 [T].
-
-    Raises:
-        UserError: An unknown solver.
-    """
-    if solver not in WEIGHTS:
-        raise unknown("solver", solver, WEIGHTS)
-    return WEIGHTS[solver] * sigmas / (sigmas + np.append(0.0, sigmas[:-1]))
+    """The released code's ``c_t``, float64 [T]; the errors are `weight_of`'s."""
+    return weight_of(solver) * sigmas / (sigmas + np.append(0.0, sigmas[:-1]))
 
 
 def villan_ve(
