@@ -24,6 +24,7 @@ from . import checkpoint
 from .attacks import AttackConfig
 from .commands import Model
 from .config import claim, from_json, to_json
+from .data import load
 from .defenses import Subject, pruning, removal, unlearning
 from .defenses.pruning import Cleanse
 from .defenses.removal import FineTuning, Removal
@@ -105,6 +106,7 @@ def repaired(model: Model, config: RepairConfig, progress: bool = False) -> dict
             " expected the method unlearn"
         )
     run, schedule = run_of(model, config), linear()
+    load(run.data, run.size, run.channels, limit=1)  # a mistake in --data is said before a minute of inversion
     subject = Subject(model.network, schedule, run.sampler.table(schedule))
     fine_tuning = METHODS[config.method](run, found.sharpened(subject), device())
     told = {

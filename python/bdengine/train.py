@@ -37,7 +37,7 @@ from .networks import Network, recompute
 from .own import sampler_of
 from .plan import Batch, TrainingPlan
 from .progress import Interrupt, Stats
-from .schedule import Exploding, Schedule, exploding, linear
+from .schedule import SNR, Exploding, Schedule, exploding, linear
 from .solvers import SamplerConfig
 from .start import NetworkConfig, initial, new
 from .triggers import LEARNED
@@ -64,7 +64,7 @@ class TrainConfig:
     """Variance preserving with linear betas, or exploding (score-SDE), clean or with villan; its sampler is own, or edm."""
     sigma_max: float = 380.0
     """Of ve: the largest noise."""
-    snr: float = 0.15
+    snr: float = SNR
     """Of ve: the signal-to-noise ratio of its sampler's corrector; 0.075 in the published backdoors."""
     attack: AttackConfig = field(default_factory=AttackConfig)
     """The backdoor to implant."""

@@ -80,9 +80,10 @@ def test_a_run_keeps_what_the_checkpoint_was_made_for(found: Path, tmp_path: Pat
     assert stranger == TrainConfig(tmp_path, init=str(tiny_checkpoint), batch=8, sampler=sampler, warmup=0)
 
 
-def test_what_cannot_be_repaired_gets_a_sentence(
-    found: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_what_cannot_be_repaired_gets_a_sentence_before_anything_is_inverted(
+    found: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(Inverted, "sharpened", lambda *_: pytest.fail("the trigger was inverted first"))
     (tmp_path / "small").mkdir()
     small = {"trigger": torch.zeros(1, 8, 8)}
     write_safetensors(tmp_path / "small" / "trigger.safetensors", small, {"stage": "start"})
