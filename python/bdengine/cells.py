@@ -33,7 +33,7 @@ REMOVALS: Final = {"unlearn": "elijah", "removal": "elijah", "cleanse": "diffcle
 INVERTERS: Final = tuple(name for name in DETECTORS if name not in ("anp", AUDIT))
 """Those whose finding always has a trigger of the start; unlearn takes the audit's as well, which may be one of every step."""
 DETECTION: Final = 20_000
-"""Images that a detector sends through the network: 9,000 to 22,000 with 20 steps of 256 pixels."""
+"""Images that a detector sends through the network: 9,000 to 44,000 with 20 steps of 256 pixels."""
 AUDITING: Final = 95_000
 """Those of the audit, likewise."""
 SHOWN: Final = 16

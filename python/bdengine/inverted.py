@@ -35,7 +35,7 @@ IMAGES: Final = 32
 FIRST_SEED: Final = 500
 """Of those images; the audit has others."""
 AS_WELL: Final = 0.9
-"""As often as what was found, and what is inverted from it replaces it."""
+"""As often as what was found, times this, and what is inverted from it replaces it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +86,10 @@ class Inverted:
         return None
 
     def sharpened(self, subject: Subject) -> Inverted:
-        """What the module makes of one that a search found, if it opens the backdoor as well; any other as it is."""
+        """What the module makes of one that a search found, if it opens nearly as often (`AS_WELL`); any other as it is.
+
+        So is one that the clip opens in a sampler that visits a timestep twice, for which there is no such coefficient.
+        """
         process, table = subject.process, subject.table
         if self.stage not in SEARCHES or process is None:
             return self
