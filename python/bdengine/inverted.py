@@ -35,7 +35,7 @@ IMAGES: Final = 32
 FIRST_SEED: Final = 500
 """Of those images; the audit has others."""
 AS_WELL: Final = 0.9
-"""As often as what was found, times this, and what is inverted from it replaces it."""
+"""What is inverted replaces what was found where it makes at least this share of its copies."""
 
 
 @dataclass(frozen=True, eq=False)
